@@ -1,0 +1,29 @@
+# Two commands matter: `make demo` (the three stages on real images) and `make test` (every test).
+# Each makes .venv on first use, or reuses it. PYTHON=python3.12 picks the interpreter,
+# DEMO="--data fashion_mnist --root DIR" passes options to the demo.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?=
+
+.PHONY: demo test export readme clean
+
+demo: .venv/.installed
+	$(BIN)/fmce_train $(DEMO)
+
+test: .venv/.installed
+	$(BIN)/python tools/check_export.py
+	MPLBACKEND=agg $(BIN)/nbdev-test --n_workers 0 --timing
+	$(BIN)/python -m pytest
+
+export: .venv/.installed
+	$(BIN)/nbdev-export
+	$(BIN)/python tools/build_readme.py
+
+.venv/.installed: settings.ini setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info _proc _docs

@@ -1,0 +1,39 @@
+"settings.ini, pyproject.toml and the package say the same."
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+import fmce_fastai
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def settings():
+    config = ConfigParser(delimiters=["="])
+    with open(ROOT / "settings.ini", encoding="utf-8") as f: config.read_file(f)
+    return config["DEFAULT"]
+
+
+def test_version(settings):
+    assert fmce_fastai.__version__ == settings["version"]
+    assert f"version: {settings['version']}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {settings['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is in the standard library from Python 3.11 on")
+def test_pyproject_repeats_settings(settings):
+    import tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == settings["lib_name"]
+    assert project["description"] == settings["description"]
+    assert project["requires-python"] == ">=" + settings["min_python"]
+    assert project["urls"]["Repository"] == f"https://github.com/{settings['user']}/{settings['repo']}"
+
+
+def test_requirements_are_lower_bounds(settings):
+    for field in ("requirements", "dev_requirements"):
+        for requirement in settings[field].split():
+            assert ">=" in requirement and "==" not in requirement, requirement
