@@ -12,7 +12,7 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python tools/check_export.py
-	MPLBACKEND=agg $(BIN)/nbdev-test --n_workers 0 --timing
+	MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 0 --timing
 	$(BIN)/python -m pytest
 
 export: .venv/.installed
