@@ -175,7 +175,16 @@ def _run_probe(model, x):
     for name,(out,version) in live.items(): fired[name].inplace = out._version != version
     return fired, layers
 
-# %% ../nbs/01_taps.ipynb #2c4b1c9f
+# %% ../nbs/01_taps.ipynb #636c51d4
+def _image_channels(backbone, cfg):
+    "Channels of the images: `in_channels` of the first convolution, unless the images are folded into more channels before it."
+    first_conv = cfg.get('first_conv')
+    named = _get_module(backbone, first_conv) if isinstance(first_conv, str) else None
+    conv = named or next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = getattr(conv, 'in_channels', 3)
+    return channels if channels <= 16 else 3
+
+# %% ../nbs/01_taps.ipynb #b7580268
 def probe_input(
     model:nn.Module, # A network
     size:int|tuple|None=None, # Image size in pixels, an integer or (H, W)
@@ -186,14 +195,12 @@ def probe_input(
     cfg = getattr(backbone, 'pretrained_cfg', None) or getattr(backbone, 'default_cfg', None) or {}
     if size is None: size = cfg['input_size'][-2:] if cfg.get('fixed_input_size') else 64
     h,w = (size, size) if isinstance(size, int) else size
-    if channels is None:
-        conv = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
-        channels = conv.in_channels if conv is not None else 3
+    if channels is None: channels = _image_channels(backbone, cfg)
     param = next(unwrap(model).parameters(), None)
     x = torch.randn(2, channels, h, w, generator=torch.Generator().manual_seed(0))
     return x if param is None else x.to(param.device, param.dtype)
 
-# %% ../nbs/01_taps.ipynb #c3f6f5b5
+# %% ../nbs/01_taps.ipynb #66ec40d5
 def _layout_of(shape, channels=None):
     "`NCHW` or `NHWC`, told by where the known number of channels is."
     return 'NHWC' if channels is not None and shape[1] != channels and shape[3] == channels else 'NCHW'
@@ -214,16 +221,23 @@ def _from_feature_info(backbone, fired):
         stages[grid] = (name, layout)
     return dict(stages.values())
 
+def _kids(fired, parent):
+    "Names of the children of `parent` that gave a map, in order of completion."
+    lead = parent + '.' if parent else ''
+    return [n for n,f in fired.items() if n.startswith(lead) and n.count('.') == lead.count('.') and _is_map(f.shape)]
+
+def _stages(fired, parent=''):
+    "The chain of stages below `parent`: containers that span several resolutions are opened, blocks are not."
+    kids = _kids(fired, parent)
+    if len(kids) == 1 and _kids(fired, kids[0]): return _stages(fired, kids[0])
+    spans = {n:len({fired[k].shape[2:] for k in _kids(fired, n)}) for n in kids if isinstance(fired[n].module, nn.Sequential)}
+    # Two resolutions alone are a stem or a downsampling layer, which is one step of the chain
+    return [s for n in kids for s in (_stages(fired, n) if spans.get(n, 0) > 2 else [n])]
+
 def _from_stages(fired):
-    "Names of the last map per resolution on the level where the network is a chain of stages."
-    level = ''
-    while True:
-        depth = level.count('.') + 1 if level else 0
-        kids = [n for n,f in fired.items() if n and n.startswith(level + '.' if level else '') and n.count('.') == depth and _is_map(f.shape)]
-        if len(kids) == 1 and next(fired[kids[0]].module.children(), None) is not None: level = kids[0]
-        else: break
+    "The last map per resolution on the level where the network is a chain of stages."
     stages = {}
-    for n in kids:
+    for n in _stages(fired):
         f = fired[n]
         has_weights = next(f.module.parameters(), None) is not None
         if not has_weights and f.shape[2:] != f.seen_in[2:]: continue  # a layer that only pools
@@ -254,7 +268,7 @@ def _from_given(model, backbone, given, fired):
     chans = {d.get('module'):d.get('num_chs') for d in info} if isinstance(info, list) else {}
     return {n:_layout_of(fired[n].shape, chans.get(n)) if n in fired else 'NCHW' for n in dict.fromkeys(names)}
 
-# %% ../nbs/01_taps.ipynb #64c75d5e
+# %% ../nbs/01_taps.ipynb #94901a57
 def _arch_name(backbone):
     cfg = getattr(backbone, 'pretrained_cfg', None) or getattr(backbone, 'default_cfg', None) or {}
     return cfg.get('architecture') or type(backbone).__name__
@@ -295,7 +309,7 @@ def tap_plan(
         plan.append(Tap(name, c, tuple(grid), f.layers/max(layers, 1), layout, f.inplace))
     return TapPlan(_arch_name(backbone), source, plan, tuple(x.shape))
 
-# %% ../nbs/01_taps.ipynb #f8bd11e8
+# %% ../nbs/01_taps.ipynb #a0ab5b8c
 class FeatureTap:
     """Hands out the maps of one forward pass and leaves no hook behind.
 
@@ -361,7 +375,7 @@ class FeatureTap:
 
     def __getstate__(self): return {**self.__dict__, 'maps':{}, '_handles':[], '_armed':False}
 
-# %% ../nbs/01_taps.ipynb #a7c4aa90
+# %% ../nbs/01_taps.ipynb #4d354445
 def hook_count(
     model:nn.Module, # Any network
 ) -> int: # Forward and backward hooks on it and all its submodules
