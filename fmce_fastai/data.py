@@ -215,7 +215,7 @@ class SplitDataLoaders(DataLoaders):
         "The dataset of the test split."
         return self.test.dataset
 
-# %% ../nbs/08_data.ipynb #e32696b8
+# %% ../nbs/08_data.ipynb #187915fa
 @contextmanager
 def _random_states_kept():
     "Leave the global random states of Python, NumPy and PyTorch (CPU) as they were."
@@ -239,6 +239,7 @@ def _item_dls(
 ) -> SplitDataLoaders:
     "Loaders over `splits`: shared by all functions below."
     for name,value in dict(size=size, bs=bs, val_bs=bs if val_bs is None else val_bs).items(): _positive_int(name, value)
+    _positive_int('seed', seed, least=0)
     tfms = [[OpenImage(size)], [LabelOf(), Categorize(vocab=vocab, sort=False)]]
     stops = np.cumsum([len(o) for o in splits]).tolist()
     # Slices, not lists of numbers: the splits travel with every exported learner.
@@ -270,14 +271,14 @@ def _class_shares(
         for k in np.argsort(-rest, kind='stable')[:n-shares.sum()]: shares[k] += int(shares[k] < counts[k])
     return shares
 
-# %% ../nbs/08_data.ipynb #d5e5c352
+# %% ../nbs/08_data.ipynb #84327d12
 def stratified_subset(
     labels:np.ndarray, # Class numbers, (N,)
     n:int, # Images wanted
     seed:int=0, # Decides which images of a class
     vocab:list=None, # Class names, for messages
 ) -> np.ndarray: # Indices into `labels`, ascending, (n,)
-    """A subset of `n` images in which every class has its share, to within one image, and at least one.
+    """A subset of `n` images in which every class has its share, rounded, and at least one image.
 
     Uses a generator of its own; global random states are neither used nor changed. Raises `DataError` if `n` is larger than what is
     there or too small for one image per class."""
@@ -288,8 +289,7 @@ def stratified_subset(
     if n > len(labels): raise DataError(f"n_train={n} but there are {len(labels)} training images: ask for at most {len(labels)}, or for None to use all.")
     if n < len(classes):
         raise DataError(f"n_train={n} leaves some of the {len(classes)} classes without an image: ask for at least {len(classes)}.")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise DataError(f"seed={seed!r}: expected an integer of at least 0.")
+    _positive_int('seed', seed, least=0)
     rng,shares = np.random.default_rng(seed),_class_shares(counts, n)
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels==k))[:shares[k]] for k in classes]))
 
