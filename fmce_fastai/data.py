@@ -9,7 +9,7 @@ __all__ = ['data_sets', 'DataError', 'fit_square', 'as_bytes', 'ImageStore', 'St
            'SplitDataLoaders', 'stratified_subset', 'array_dls', 'digits_dls', 'mnist_dls', 'fashion_mnist_dls',
            'cifar10_dls', 'cifar100_dls', 'folder_dls', 'DataSet', 'get_dls']
 
-# %% ../nbs/08_data.ipynb #c259979f
+# %% ../nbs/08_data.ipynb #c3abeaf5
 import difflib,gzip,hashlib,io,os,random,shutil,struct,tarfile,tempfile,zlib
 from contextlib import contextmanager
 from dataclasses import dataclass,field
@@ -31,21 +31,21 @@ from fastai.data.core import DataLoaders,Datasets,TfmdDL
 from fastai.data.external import fastai_path
 from fastai.data.transforms import Categorize,IntToFloatTensor,Normalize,image_extensions
 from fastai.torch_core import TensorCategory,TensorImage,default_device
-from fastai.vision.core import PILImage,imagenet_stats
+from fastai.vision.core import imagenet_stats
 import fastai.vision.data # registers show_batch and show_results for images
 
-# %% ../nbs/08_data.ipynb #32f21b56
+# %% ../nbs/08_data.ipynb #10a8e621
 class DataError(ValueError):
     "The data cannot be used as they are; the message says what is wrong, where, and what to do."
 
-# %% ../nbs/08_data.ipynb #05ffeac4
+# %% ../nbs/08_data.ipynb #7c66d74a
 def _positive_int(name, value, least=1):
     "Raise unless `value` is an integer of at least `least`."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}={value!r}: expected an integer of at least {least}, got {type(value).__name__}.")
     if value < least: raise DataError(f"{name}={value}: expected an integer of at least {least}.")
 
-# %% ../nbs/08_data.ipynb #b35a4aca
+# %% ../nbs/08_data.ipynb #d469a353
 def fit_square(
     images:torch.Tensor, # Bytes, (N, C, H, W)
     size:int, # Side of the result, pixels
@@ -62,7 +62,7 @@ def fit_square(
     if side == size: return images
     return F.interpolate(images, size=(size,size), mode='bilinear', antialias=True, align_corners=False)
 
-# %% ../nbs/08_data.ipynb #88523608
+# %% ../nbs/08_data.ipynb #deae7569
 _unreadable = (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 
 def _decode(o, name):
@@ -84,7 +84,7 @@ def _byte_pixels(x):
                         "A normalised image cannot be used as an item: give the image before normalisation.")
     return ((x*255).round() if top==1 else x).to(torch.uint8)
 
-# %% ../nbs/08_data.ipynb #aea21403
+# %% ../nbs/08_data.ipynb #5298be5d
 def as_bytes(
     o, # Path, contents of a file as `bytes`, PIL image, array (H, W) or (H, W, 1, 3 or 4), tensor (H, W) or (1 or 3, H, W)
 ) -> torch.Tensor: # Bytes, (3, H, W); grey is repeated
@@ -113,10 +113,10 @@ def as_bytes(
                         "Arrays are (H, W, channels), tensors (channels, H, W).")
     return _byte_pixels(x).expand(3,-1,-1)
 
-# %% ../nbs/08_data.ipynb #47549e7e
+# %% ../nbs/08_data.ipynb #548d327a
 MEMORY_BUDGET = 1<<30 # bytes of resized images that are kept; above it images are resized batch by batch
 
-# %% ../nbs/08_data.ipynb #095091c6
+# %% ../nbs/08_data.ipynb #29f4fc54
 class ImageStore:
     """Images and labels in memory.
 
@@ -155,7 +155,7 @@ class StoredImage:
         return self.store.read([self.i])[0]
     def __repr__(self): return f"StoredImage({self.i}, {self.label!r})"
 
-# %% ../nbs/08_data.ipynb #da1cecf7
+# %% ../nbs/08_data.ipynb #ead817cf
 class OpenImage(Transform):
     "An item as a `TensorImage` of bytes, (3, `size`, `size`); see `as_bytes` for what an item can be."
     input_types = object # all items enter here: what cannot be opened gets `as_bytes`'s message
@@ -177,7 +177,7 @@ class LabelOf(Transform):
         raise TypeError(f"{type(o).__name__} has no label: with_labels=True takes pairs (image, class name), or paths of files that lie "
                         "in a folder named like their class.")
 
-# %% ../nbs/08_data.ipynb #49dc9f34
+# %% ../nbs/08_data.ipynb #c405c9dd
 class ImageDL(TfmdDL):
     "A `TfmdDL` that reads stored images batch by batch instead of one by one."
     def _reads_batches(self):
@@ -202,7 +202,7 @@ class ImageDL(TfmdDL):
             x = TensorImage(store.read(idxs))
             yield (x, TensorCategory(store.labels[idxs])) if labelled else (x,)
 
-# %% ../nbs/08_data.ipynb #93d80ecf
+# %% ../nbs/08_data.ipynb #1f9f984f
 class SplitDataLoaders(DataLoaders):
     "`DataLoaders` whose third loader, where there is one, is the test split: `dls.test`, `dls.test_ds`."
     @property
@@ -215,7 +215,7 @@ class SplitDataLoaders(DataLoaders):
         "The dataset of the test split."
         return self.test.dataset
 
-# %% ../nbs/08_data.ipynb #187915fa
+# %% ../nbs/08_data.ipynb #76bd6534
 @contextmanager
 def _random_states_kept():
     "Leave the global random states of Python, NumPy and PyTorch (CPU) as they were."
@@ -253,10 +253,10 @@ def _item_dls(
         return ImageDL(ds.subset(i), bs=n, shuffle=train, drop_last=train, num_workers=num_workers, after_batch=after_batch)
     with _random_states_kept():
         dls = SplitDataLoaders(*[loader(i) for i in range(len(splits))], path=path, device=default_device() if device is None else device)
-    dls.train.rng = random.Random(seed)
+    dls.train.rng = random.Random(int(seed)) # NumPy's integers are not accepted as seeds
     return dls
 
-# %% ../nbs/08_data.ipynb #1bbde70e
+# %% ../nbs/08_data.ipynb #9039dfb6
 def _class_shares(
     counts:np.ndarray, # Available images per class
     n:int, # Images wanted
@@ -271,7 +271,7 @@ def _class_shares(
         for k in np.argsort(-rest, kind='stable')[:n-shares.sum()]: shares[k] += int(shares[k] < counts[k])
     return shares
 
-# %% ../nbs/08_data.ipynb #84327d12
+# %% ../nbs/08_data.ipynb #c77791d4
 def stratified_subset(
     labels:np.ndarray, # Class numbers, (N,)
     n:int, # Images wanted
@@ -293,7 +293,7 @@ def stratified_subset(
     rng,shares = np.random.default_rng(seed),_class_shares(counts, n)
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels==k))[:shares[k]] for k in classes]))
 
-# %% ../nbs/08_data.ipynb #5da8f55f
+# %% ../nbs/08_data.ipynb #b0b06134
 def _image_tensor(images, split):
     "Images of one split as a byte tensor (N, C, H, W)."
     x = torch.as_tensor(images)
@@ -313,7 +313,7 @@ def _label_array(labels, vocab, split):
         raise DataError(f"{split} labels lie in {y.min()}..{y.max()}, but the {len(vocab)} names in vocab allow 0..{len(vocab)-1}.")
     return y.astype(np.int64)
 
-# %% ../nbs/08_data.ipynb #cf2094bd
+# %% ../nbs/08_data.ipynb #d17c1ba3
 @delegates(_item_dls)
 def array_dls(
     train:tuple, # Training images and labels; images are bytes (or floats in 0..1), see below; labels whole numbers
@@ -350,7 +350,7 @@ def array_dls(
     stops = np.cumsum([len(y) for y in ys]).tolist()
     return _item_dls([store.items(a,b) for a,b in zip([0]+stops, stops)], vocab, size=size, bs=bs, seed=seed, **kwargs)
 
-# %% ../nbs/08_data.ipynb #6b98e4cb
+# %% ../nbs/08_data.ipynb #84f9db87
 def _by_hash(keys):
     "Positions of `keys` in the order of their SHA-1: an order that no seed and no library version changes."
     return sorted(range(len(keys)), key=lambda i: hashlib.sha1(keys[i].encode()).digest())
@@ -365,7 +365,7 @@ def _digits_split(labels, sizes=(1197,300,300)):
     pick = lambda a,b: np.sort(np.concatenate([o[i:j] for o,i,j in zip(by_class, a, b)]))
     return pick(test+valid, [len(o) for o in by_class]),pick(test, test+valid),pick(test*0, test)
 
-# %% ../nbs/08_data.ipynb #1a626a4d
+# %% ../nbs/08_data.ipynb #fea46500
 @delegates(_item_dls, but=['vocab'])
 def digits_dls(
     size:int=32, # Side of the images, pixels (8 natively)
@@ -384,7 +384,7 @@ def digits_dls(
     train,valid,test = ((images[idx], data.target[idx]) for idx in _digits_split(data.target))
     return array_dls(train, valid, test, size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)
 
-# %% ../nbs/08_data.ipynb #9780f123
+# %% ../nbs/08_data.ipynb #4b8a2547
 _idx_files = {(part,kind): f"{prefix}-{kind}-idx{3 if kind=='images' else 1}-ubyte"
               for part,prefix in (('training','train'), ('test','t10k')) for kind in ('images','labels')}
 _idx_magic = {'images':0x803, 'labels':0x801}
@@ -454,7 +454,7 @@ def _read_mnist(root, spec):
     names = getattr(torchvision.datasets, spec.tv_class).classes
     return res['training'],res['test'],[o.split(' - ')[0] for o in names] # MNIST's '0 - zero' becomes '0'
 
-# %% ../nbs/08_data.ipynb #5f071f0e
+# %% ../nbs/08_data.ipynb #14c87835
 def _read_cifar(root, spec):
     "Training and test (images, labels) from CIFAR's Python files, and the class names."
     import torchvision
@@ -480,7 +480,7 @@ def _read_cifar(root, spec):
     train,test = (cls(root, train=o) for o in (True,False))
     return (train.data, np.array(train.targets)),(test.data, np.array(test.targets)),list(train.classes)
 
-# %% ../nbs/08_data.ipynb #16d4199b
+# %% ../nbs/08_data.ipynb #84d5ef0f
 def _download(root, spec):
     "Let torchvision download the files of `spec` and move them, complete, to `root`."
     import torchvision
@@ -512,7 +512,7 @@ def _tv_dls(name, size, bs, n_train, seed, root, download, **kwargs):
     cut = len(x) - max(1, len(x)*spec.n_valid//(spec.n_train+spec.n_valid))
     return array_dls((x[:cut], y[:cut]), (x[cut:], y[cut:]), test, vocab=vocab, size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)
 
-# %% ../nbs/08_data.ipynb #27df64bc
+# %% ../nbs/08_data.ipynb #84d435e3
 @delegates(_item_dls, but=['vocab'])
 def mnist_dls(
     size:int=32, # Side of the images, pixels (28 natively)
@@ -575,7 +575,7 @@ def cifar100_dls(
     Source: Krizhevsky 2009."""
     return _tv_dls('cifar100', size, bs, n_train, seed, root, download, **kwargs)
 
-# %% ../nbs/08_data.ipynb #16c8f50c
+# %% ../nbs/08_data.ipynb #6f6961c0
 FOLDER_BUDGET = 512<<20 # bytes of resized RGB images up to which a folder is decoded into memory
 _split_names = {'train':('train',), 'valid':('valid','val','validation'), 'test':('test',)}
 
@@ -622,7 +622,7 @@ def _folder_splits(path, valid_pct, test_pct):
             raise DataError(f"{path}: no training images for the classes {', '.join(extra)}, which the validation or test folder has.")
     return splits
 
-# %% ../nbs/08_data.ipynb #df76c570
+# %% ../nbs/08_data.ipynb #d8200afc
 @delegates(_item_dls, but=['vocab','num_workers','path'])
 def folder_dls(
     path:str, # Folder with one subfolder per class, or with train/, valid/ and test/ folders of that kind
@@ -665,7 +665,7 @@ def folder_dls(
         if num_workers is None: num_workers = 0
     return _item_dls(files, vocab, size=size, bs=bs, seed=seed, num_workers=num_workers, **kwargs)
 
-# %% ../nbs/08_data.ipynb #bd0dbd97
+# %% ../nbs/08_data.ipynb #7763712e
 @dataclass(frozen=True)
 class DataSet:
     "What there is to know about a named data set."
@@ -696,6 +696,7 @@ def get_dls(
 
     A name wins over a folder of the same name: write `./digits` for the folder. Raises `DataError` for a name that is neither, and for a `root`
     where none is needed."""
+    if not isinstance(data, (str, Path)): raise TypeError(f"data={data!r}: expected the name of a data set or a folder's path, got {type(data).__name__}.")
     name = str(data).lower().replace('-','_')
     if name in data_sets:
         if root is None: return data_sets[name].dls(**kwargs)

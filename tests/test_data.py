@@ -289,13 +289,14 @@ def test_showing(learn):
 
 
 def test_every_way_to_predict(learn, tmp_path):
+    from fastai.vision.core import PILImage
     item = learn.dls.test_ds.items[3]
     pixels = item.pixels.permute(1, 2, 0).numpy()
     png = tmp_path/"x.png"
     Image.fromarray(pixels).save(png)
     preds, targs = learn.get_preds(dl=learn.dls.test)
     ways = [item, png, str(png), png.read_bytes(), Image.fromarray(pixels), pixels, pixels[..., 0], pixels/255, item.pixels,
-            learn.dls.test_ds[3][0], data.PILImage.create(png)]
+            learn.dls.test_ds[3][0], PILImage.create(png)]
     for way in ways:
         name, number, probabilities = learn.predict(way)
         assert name == learn.dls.vocab[number]
@@ -644,6 +645,11 @@ def test_names(tmp_path):
 def test_wrong_names(kwargs, words):
     with pytest.raises(DataError) as e: get_dls(**kwargs)
     assert words in str(e.value)
+
+
+def test_names_of_the_wrong_kind_and_numpy_seeds():
+    with pytest.raises(TypeError, match="data=None"): get_dls(None)
+    assert targets(digits_dls(seed=np.int64(3)).train) == targets(digits_dls(seed=3).train)
 
 
 @pytest.mark.parametrize("kwargs, error", [
