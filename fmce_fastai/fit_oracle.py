@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/fit_oracle.html.md"""
 # %% auto #0
 __all__ = ['split_images', 'fit_oracle', 'score_dataset', 'judge_oracle', 'plot_calibration']
 
-# %% ../nbs/04_fit_oracle.ipynb #84b6e26d
+# %% ../nbs/04_fit_oracle.ipynb #49b33ab7
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.optimizer import Adam
 from fastai.torch_core import no_random
+from fastcore.foundation import L
 
 from . import __version__
 from .convergence import level_targets
@@ -54,10 +55,18 @@ class _RowLoader(DataLoader):
         samps = list(samps)
         for i in range(0, len(samps), self.bs): yield self.rows.batch(self.index[torch.as_tensor(samps[i:i+self.bs])])
 
-# %% ../nbs/04_fit_oracle.ipynb #8daca98a
+# %% ../nbs/04_fit_oracle.ipynb #61298592
 def _soft_cross_entropy(scores, targets):
     "Cross-entropy to the level weights, mean over images and modules."
     return -(targets[:,None]*F.log_softmax(scores.logits, -1)).sum(-1).mean()
+
+class _MapNoise(Callback):
+    "Adds noise to the maps while the oracle trains; `level` in units of each channel's spread."
+    run_valid = False
+    def __init__(self, level): self.level = level
+    def before_batch(self):
+        spread = {n:net.std[:,None,None] for n,net in zip(self.model.plan.names, self.model.nets)}
+        self.learn.xb = ({n:m + self.level*spread[n]*torch.randn_like(m) for n,m in self.xb[0].items()},)
 
 def split_images(
     n_images:int, # Images in the data set
@@ -78,13 +87,14 @@ def _channel_stats(rows, images):
         means[n],stds[n] = m.mean(-1).flatten(0,1).median(0).values,m.std(-1).flatten(0,1).median(0).values
     return means,stds
 
-# %% ../nbs/04_fit_oracle.ipynb #f4b7d33a
+# %% ../nbs/04_fit_oracle.ipynb #ababa5f8
 def fit_oracle(
     dataset:FMCSDataset, # A recorded, labelled run
-    n_epochs:int|None=None, # Passes over the rows; default: enough for about 1,500 steps
-    lr:float=3e-3, # Peak learning rate of one cycle
+    n_epochs:int|None=None, # Passes over the rows; default: enough for about 1,000 steps
+    lr:float=1e-2, # Peak learning rate of one cycle
     bs:int=128, # Rows per batch
-    width:int=32, # Channels inside each module's net
+    width:int=64, # Channels inside each module's net
+    noise:float=1., # Noise on the maps in training, in units of each channel's spread
     holdout:float=0.2, # Share of the images held out for judging
     seed:int=0, # For the split, the weights and the order of rows
     device=None, # Default: fastai's
@@ -104,13 +114,13 @@ def fit_oracle(
         oracle.set_stats(*_channel_stats(rows, train))
         dls = DataLoaders(_RowLoader(rows, rows.index(train), bs, shuffle=True), _RowLoader(rows, rows.index(held), 4*bs))
         if device is not None: dls = dls.to(torch.device(device))
-        if n_epochs is None: n_epochs = int(np.clip(round(1500/len(dls.train)), 4, 40))
-        learn = Learner(dls, oracle, loss_func=_soft_cross_entropy, opt_func=Adam, cbs=cbs)
+        if n_epochs is None: n_epochs = int(np.clip(round(1000/len(dls.train)), 4, 40))
+        learn = Learner(dls, oracle, loss_func=_soft_cross_entropy, opt_func=Adam, cbs=[_MapNoise(noise), *L(cbs)])
         learn.fit_one_cycle(n_epochs, lr, wd=1e-2)
     oracle.freeze().cpu()
     judged = _judge(oracle, dataset, rows, held)
     oracle.card = dict(data=dict(n_images=dataset.n_images, held_out=len(held), snapshots=len(dataset), targets=len(np.unique(dataset.targets))),
-                       run=dataset.card['run'], fit=dict(n_epochs=n_epochs, lr=lr, bs=bs, width=width, seed=seed, version=__version__),
+                       run=dataset.card['run'], fit=dict(n_epochs=n_epochs, lr=lr, bs=bs, width=width, noise=noise, seed=seed, version=__version__),
                        held_out_images=held.tolist(), scores=judged.to_dict('records'))
     return oracle
 

@@ -120,7 +120,7 @@ class _ModuleNet(nn.Module):
         z = z + F.gelu(self.look(z))
         return self.read(torch.cat([z.mean((2,3)), z.amax((2,3))], 1))
 
-# %% ../nbs/02_oracle.ipynb #6a442a83
+# %% ../nbs/02_oracle.ipynb #11abc329
 class FittedFMCENet(FMCENet):
     "The fitted oracle: one channel-aware conv net per tapped module of one network."
     kind = 'fitted'
@@ -128,7 +128,7 @@ class FittedFMCENet(FMCENet):
     def __init__(self,
         plan:TapPlan, # The taps whose maps are scored
         n_levels:int=11, # K, score levels
-        width:int=32, # Channels inside each module's net
+        width:int=64, # Channels inside each module's net
     ):
         super().__init__(plan, n_levels)
         self.width = width
