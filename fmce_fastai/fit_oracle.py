@@ -7,12 +7,15 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/fit_oracle.html.md"""
 # %% auto #0
 __all__ = ['split_images', 'fit_oracle', 'score_dataset', 'judge_oracle', 'plot_calibration']
 
-# %% ../nbs/04_fit_oracle.ipynb #49b33ab7
+# %% ../nbs/04_fit_oracle.ipynb #9e77bc5c
+from contextlib import nullcontext
+
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+import fastai.callback.progress  # gives Learner its `no_bar`
 import fastai.callback.schedule  # gives Learner its `fit_one_cycle`
 from fastai.learner import Learner
 from fastai.data.core import DataLoaders
@@ -87,10 +90,10 @@ def _channel_stats(rows, images):
         means[n],stds[n] = m.mean(-1).flatten(0,1).median(0).values,m.std(-1).flatten(0,1).median(0).values
     return means,stds
 
-# %% ../nbs/04_fit_oracle.ipynb #ababa5f8
+# %% ../nbs/04_fit_oracle.ipynb #f00a7771
 def fit_oracle(
     dataset:FMCSDataset, # A recorded, labelled run
-    n_epochs:int|None=None, # Passes over the rows; default: enough for about 1,000 steps
+    n_epochs:int|None=None, # Passes over the rows; default: enough for about 800 steps
     lr:float=1e-2, # Peak learning rate of one cycle
     bs:int=128, # Rows per batch
     width:int=64, # Channels inside each module's net
@@ -98,7 +101,8 @@ def fit_oracle(
     holdout:float=0.2, # Share of the images held out for judging
     seed:int=0, # For the split, the weights and the order of rows
     device=None, # Default: fastai's
-    cbs=None, # Callbacks of the fitting Learner, e.g. to hide its progress bar
+    bar:bool=True, # Show the progress bar and the table of losses
+    cbs=None, # Callbacks for the fitting Learner
 ) -> FMCENet: # Frozen, on the CPU, its scores in `oracle.card['scores']`
     """Fit FMCE-Net to `dataset` and judge it on held-out images; the random state is as before.
 
@@ -114,9 +118,9 @@ def fit_oracle(
         oracle.set_stats(*_channel_stats(rows, train))
         dls = DataLoaders(_RowLoader(rows, rows.index(train), bs, shuffle=True), _RowLoader(rows, rows.index(held), 4*bs))
         if device is not None: dls = dls.to(torch.device(device))
-        if n_epochs is None: n_epochs = int(np.clip(round(1000/len(dls.train)), 4, 40))
+        if n_epochs is None: n_epochs = int(np.clip(round(800/len(dls.train)), 4, 40))
         learn = Learner(dls, oracle, loss_func=_soft_cross_entropy, opt_func=Adam, cbs=[_MapNoise(noise), *L(cbs)])
-        learn.fit_one_cycle(n_epochs, lr, wd=1e-2)
+        with nullcontext() if bar else learn.no_bar(), nullcontext() if bar else learn.no_logging(): learn.fit_one_cycle(n_epochs, lr, wd=1e-2)
     oracle.freeze().cpu()
     judged = _judge(oracle, dataset, rows, held)
     oracle.card = dict(data=dict(n_images=dataset.n_images, held_out=len(held), snapshots=len(dataset), targets=len(np.unique(dataset.targets))),

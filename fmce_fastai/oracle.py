@@ -103,7 +103,7 @@ class FMCENet(nn.Module):
     @classmethod
     def _from_spec(cls, spec): raise NotImplementedError
 
-# %% ../nbs/02_oracle.ipynb #4e041dc9
+# %% ../nbs/02_oracle.ipynb #aff830ea
 class _ModuleNet(nn.Module):
     "Logits over K levels from one module's pooled map."
     def __init__(self, channels, n_levels, width):
@@ -111,11 +111,12 @@ class _ModuleNet(nn.Module):
         self.register_buffer('mean', torch.zeros(channels))
         self.register_buffer('std', torch.ones(channels))
         self.mix = nn.Conv2d(channels, width, 1)
-        self.look = nn.Conv2d(width, width, 3, padding=1)
+        self.look = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.Conv2d(width, width, 1))
         self.read = nn.Sequential(nn.Linear(2*width, 2*width), nn.GELU(), nn.Linear(2*width, n_levels))
 
     def forward(self, fmap):
-        z = torch.asinh((fmap - self.mean[:,None,None]) / self.std[:,None,None])
+        z = (fmap - self.mean[:,None,None]) / self.std[:,None,None]
+        z = z / (1 + z.abs()/3)
         z = F.gelu(self.mix(z))
         z = z + F.gelu(self.look(z))
         return self.read(torch.cat([z.mean((2,3)), z.amax((2,3))], 1))
