@@ -35,7 +35,7 @@ def module_colors(
     import matplotlib.pyplot as plt
     return list(plt.get_cmap('viridis')(np.linspace(0, 0.9, n)))
 
-# %% ../nbs/07_interpret.ipynb #59619d04
+# %% ../nbs/07_interpret.ipynb #3ee2e2a5
 def plot_fmcs(
     stage1:pd.DataFrame, # From `fmcs_over_training`
     history:pd.DataFrame|None=None, # From `FMCECallback.history`, drawn beside it
@@ -45,7 +45,7 @@ def plot_fmcs(
     import matplotlib.pyplot as plt
     history = None if history is None or not len(history) else history
     n = len(MODES) + (history is not None)
-    if axs is None: axs = plt.subplots(1, n, figsize=(4.2*n, 3.8), sharey=True, layout='constrained')[1]
+    if axs is None: axs = plt.subplots(1, n, figsize=(4.2*n, 3.8), layout='constrained')[1]
     modules = list(dict.fromkeys(stage1.module))
     colors = dict(zip(modules, module_colors(len(modules))))
     for ax,mode in zip(axs, MODES):
@@ -58,8 +58,11 @@ def plot_fmcs(
         ax.set(title=f'stage 1, {mode} mode', xlabel='epoch of the recorded run')
     if history is not None:
         x = np.arange(1, history.groupby(['fit','epoch']).ngroups + 1)
-        for name in modules: axs[-1].plot(x, history[history.module == name].fmcs, color=colors[name], marker='o', ms=3, lw=1.2)
-        axs[-1].set(title='stage 3, fine-tuning with RAL', xlabel='epoch of fine-tuning', xticks=x[::max(1, len(x)//8)])
-    axs[0].set(ylabel='mean FMCS', ylim=(-0.03, 1.03))
+        # A converged network starts at the top: what is left to 1 shows more than the score
+        for name in modules: axs[-1].plot(x, (1 - history[history.module == name].fmcs).clip(lower=1e-6), color=colors[name], marker='o', ms=3, lw=1.2)
+        axs[-1].set(title='stage 3, fine-tuning with RAL', xlabel='epoch of fine-tuning', xticks=x[::max(1, len(x)//8)], yscale='log',
+                    ylabel='1 - mean FMCS (1e-6: or less)', ylim=(5e-7, 2))
+    for ax in axs[:len(MODES)]: ax.set(ylim=(-0.03, 1.03))
+    axs[0].set(ylabel='mean FMCS')
     axs[0].legend(fontsize=8, loc='lower right')
     return axs

@@ -7,11 +7,11 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/recorder.html.md"""
 # %% auto #0
 __all__ = ['MODES', 'snapshot_steps', 'undisturbed', 'DatasetError', 'FMCSDataset', 'FMCSRecorder']
 
-# %% ../nbs/03_recorder.ipynb #b335de6b
+# %% ../nbs/03_recorder.ipynb #5fa01620
 import json
-import random
 import shutil
 import tempfile
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -155,7 +155,14 @@ class FMCSDataset:
         return (f"FMCSDataset({self.card['arch']}: {len(self)} snapshots of {self.n_images} images in {len(MODES)} modes at "
                 f"{', '.join(self.plan.names)}; run {self.card['run'].get('status', 'unknown')}; {self.nbytes/1e6:.0f} MB in {self.path})")
 
-# %% ../nbs/03_recorder.ipynb #19298551
+# %% ../nbs/03_recorder.ipynb #b4293f89
+class _TemporaryFolder:
+    "A folder that goes when this object does (`tempfile.TemporaryDirectory` would warn that nobody cleaned it up)."
+    def __init__(self):
+        self.path = Path(tempfile.mkdtemp(prefix='fmcs_dataset_'))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+# %% ../nbs/03_recorder.ipynb #39bbee65
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -256,8 +263,8 @@ class FMCSRecorder(Callback):
     def _make_folder(self, need):
         temporary = None
         if self.out_path is None:
-            temporary = tempfile.TemporaryDirectory(prefix='fmcs_dataset_')
-            path = Path(temporary.name)
+            temporary = _TemporaryFolder()
+            path = temporary.path
         else:
             path = Path(self.out_path)
             if self.datasets: path = path.with_name(f'{path.name}-{len(self.datasets)+1}')
