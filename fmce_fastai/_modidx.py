@@ -399,6 +399,7 @@ d = { 'settings': { 'branch': 'main',
                                   'fmce_fastai.taps.find_backbone': ('taps.html#find_backbone', 'fmce_fastai/taps.py'),
                                   'fmce_fastai.taps.hook_count': ('taps.html#hook_count', 'fmce_fastai/taps.py'),
                                   'fmce_fastai.taps.pool_map': ('taps.html#pool_map', 'fmce_fastai/taps.py'),
+                                  'fmce_fastai.taps.pooled_grid': ('taps.html#pooled_grid', 'fmce_fastai/taps.py'),
                                   'fmce_fastai.taps.probe_input': ('taps.html#probe_input', 'fmce_fastai/taps.py'),
                                   'fmce_fastai.taps.tap_plan': ('taps.html#tap_plan', 'fmce_fastai/taps.py'),
                                   'fmce_fastai.taps.unwrap': ('taps.html#unwrap', 'fmce_fastai/taps.py')}}}

@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/recorder.html.md"""
 # %% auto #0
 __all__ = ['MODES', 'snapshot_steps', 'undisturbed', 'DatasetError', 'FMCSDataset', 'FMCSRecorder']
 
-# %% ../nbs/03_recorder.ipynb #5fa01620
+# %% ../nbs/03_recorder.ipynb #f7df3157
 import json
 import shutil
 import tempfile
@@ -25,7 +25,7 @@ from fastai.torch_core import no_random
 
 from . import __version__
 from .convergence import convergence
-from .taps import FeatureTap, TapPlan, pool_map, tap_plan, unwrap
+from .taps import FeatureTap, TapPlan, pool_map, pooled_grid, tap_plan, unwrap
 
 # %% ../nbs/03_recorder.ipynb #368ef564
 def snapshot_steps(
@@ -162,7 +162,7 @@ class _TemporaryFolder:
         self.path = Path(tempfile.mkdtemp(prefix='fmcs_dataset_'))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
-# %% ../nbs/03_recorder.ipynb #39bbee65
+# %% ../nbs/03_recorder.ipynb #d3ed89ec
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -252,7 +252,7 @@ class FMCSRecorder(Callback):
 
     def _check_bytes(self, plan, n_snapshots, n):
         "Bytes that the maps will take; a `DatasetError` if that is over the budget."
-        per_image = sum(t.channels*min(t.grid[0], 7)*min(t.grid[1], 7) for t in plan)*2*len(MODES)
+        per_image = sum(t.channels*np.prod(pooled_grid(*t.grid)[2:]) for t in plan)*2*len(MODES)
         need = per_image*n*n_snapshots
         if need > self.max_bytes:
             fits = int(self.max_bytes // (per_image*n_snapshots))

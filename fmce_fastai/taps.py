@@ -6,7 +6,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/taps.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_GRID', 'TapError', 'unwrap', 'find_backbone', 'Tap', 'TapPlan', 'probe_input', 'tap_plan', 'FeatureTap',
-           'hook_count', 'pool_map']
+           'hook_count', 'pooled_grid', 'pool_map']
 
 # %% ../nbs/01_taps.ipynb #363bab24
 import difflib
@@ -385,14 +385,22 @@ def hook_count(
     kinds = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks')
     return sum(len(getattr(m, k, ()) or ()) for m in model.modules() for k in kinds)
 
-# %% ../nbs/01_taps.ipynb #aa7405ca
+# %% ../nbs/01_taps.ipynb #0aae8a46
 MAX_GRID = 7
+
+def pooled_grid(
+    h:int, w:int, # Height and width of a map
+    max_grid:int=MAX_GRID, # Largest height and width after pooling
+) -> tuple: # (k_h, k_w, h, w): the block, and the grid after pooling
+    "By which blocks `pool_map` averages, and the grid that is left."
+    kh,kw = -(-h//max_grid),-(-w//max_grid)
+    return kh, kw, -(-h//kh), -(-w//kw)
 
 def pool_map(
     fmap:torch.Tensor, # (B, C, H, W)
     max_grid:int=MAX_GRID, # Largest height and width after pooling
-) -> torch.Tensor: # (B, C, min(H, max_grid), min(W, max_grid)), float32
-    "The map averaged down to at most `max_grid` x `max_grid`."
-    h,w = fmap.shape[-2:]
+) -> torch.Tensor: # (B, C, h, w), h and w at most `max_grid`, float32
+    "The map averaged over the smallest blocks that leave at most `max_grid` x `max_grid`; blocks at the edge may be smaller."
+    kh,kw,_,_ = pooled_grid(*fmap.shape[-2:], max_grid)
     fmap = fmap.float()
-    return fmap if h <= max_grid and w <= max_grid else F.adaptive_avg_pool2d(fmap, (min(h, max_grid), min(w, max_grid)))
+    return fmap if kh == kw == 1 else F.avg_pool2d(fmap, (kh, kw), ceil_mode=True, count_include_pad=False)
