@@ -42,7 +42,7 @@ def _is_training_fit(learn):
     quiet = not getattr(learn, 'create_mbar', True) and getattr(learn.logger, '__name__', '') == 'noop'
     return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds') or quiet)
 
-# %% ../nbs/06_callback.ipynb #87b6b0db
+# %% ../nbs/06_callback.ipynb #21d24dd9
 class FMCECallback(Callback):
     """Adds the alpha-weighted FMCS loss of a frozen oracle to the training loss.
 
@@ -101,8 +101,11 @@ class FMCECallback(Callback):
 
     def after_train(self): self._close_epoch()
 
+    def after_cancel_epoch(self): self._close_epoch()  # its `after_train` never came
+
     def after_fit(self):
         if self._tap is None: return
+        self._close_epoch()  # a fit cancelled inside an epoch, for instance by TerminateOnNaNCallback
         silent = {w:n for w,n in self._why.items() if w not in (None, 'watched')}
         self._leave()
         if silent and not self._why[None]:
