@@ -49,7 +49,7 @@ def _is_training_fit(learn):
     quiet = not getattr(learn, 'create_mbar', True) and getattr(learn.logger, '__name__', '') == 'noop'
     return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds') or quiet)
 
-# %% ../nbs/06_callback.ipynb #45436b92
+# %% ../nbs/06_callback.ipynb #2f5de4ec
 class FMCECallback(Callback):
     """Adds the alpha-weighted FMCS loss of a frozen oracle to the training loss.
 
@@ -89,12 +89,12 @@ class FMCECallback(Callback):
     def before_fit(self):
         self._leave()  # what an earlier fit left that broke off
         if not _is_training_fit(self.learn): return
-        plan = self._check_oracle()
-        self._tap,self._fit,self._epoch,self._online = FeatureTap(plan),self._fit+1,[],None
-        self._why = Counter()  # steps by the reason why RAL did not act; None: it did
-        if self.when == 'converged': self._online = OnlineCQI(len(self.dls.train))
-        self.learn.add_cb(_ArmLast(self))
+        self._begin()
         self.learn.metrics = self.learn.metrics + [_Column(self, i, name) for i,name in enumerate(('fmcs_loss', 'fmcs', 'fmcs_last'))]
+
+    def before_train(self):
+        # Without bar and logger a fit looks like a validation until here; nobody reads its table
+        if self._tap is None and not hasattr(self.learn, 'lr_finder'): self._begin()
 
     def after_loss(self):
         if self._tap is None: return
@@ -147,6 +147,13 @@ class FMCECallback(Callback):
         self._counted = torch.tensor([n in wanted for n in plan.names])
         plan.resolve(self.model)
         return plan
+
+    def _begin(self):
+        "Set up for the fit that begins."
+        self._tap,self._fit,self._epoch,self._online = FeatureTap(self._check_oracle()),self._fit+1,[],None
+        self._why = Counter()  # steps by the reason why RAL did not act; None: it did
+        if self.when == 'converged': self._online = OnlineCQI(len(self.dls.train))
+        self.learn.add_cb(_ArmLast(self))
 
     def _arm(self):
         if self._tap is not None: self._tap.arm(self.model)
