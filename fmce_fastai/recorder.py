@@ -91,7 +91,7 @@ class DatasetError(ValueError):
 
 MODES = ('eval', 'train')
 
-# %% ../nbs/03_recorder.ipynb #4922f031
+# %% ../nbs/03_recorder.ipynb #cbe5cb79
 class FMCSDataset:
     "Recorded feature maps with their Feature Map Convergence Scores: open one with `FMCSDataset(path)`."
     def __init__(self,
@@ -105,7 +105,7 @@ class FMCSDataset:
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
             self.targets = np.load(self.path/'targets.npy', allow_pickle=False)
         except FileNotFoundError as e: raise DatasetError(f"{self.path} is not a finished FMCS data set: {Path(e.filename).name} is missing. Record one with FMCSRecorder; after a broken-off fit call its finish().") from e
-        except (KeyError, TypeError, ValueError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
+        except (KeyError, TypeError, ValueError, EOFError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
         missing = [f.name for i in range(len(self)) for f in map(self._file, self.plan.names, [i]*len(self.plan)) if not f.is_file()]
         if missing: raise DatasetError(f"{self.path} is damaged: {len(missing)} of its map files are missing, first {missing[0]}. Record it anew with FMCSRecorder.")
 
@@ -127,7 +127,7 @@ class FMCSDataset:
     ) -> np.ndarray: # (2, N, C, h, w) float16, read from disk as needed
         "The recorded maps of one tap at one snapshot: eval mode, then training mode."
         try: maps = np.load(self._file(name, i), mmap_mode='r', allow_pickle=False)
-        except (OSError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
+        except (OSError, EOFError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
         want = (2, self.n_images, self.plan.channels[name])
         if maps.shape[:3] != want or maps.ndim != 5: raise DatasetError(f"{self._file(name, i)} has shape {maps.shape}, not {want} and a grid. Record the data set anew with FMCSRecorder.")
         return maps
@@ -155,7 +155,7 @@ class FMCSDataset:
         return (f"FMCSDataset({self.card['arch']}: {len(self)} snapshots of {self.n_images} images in {len(MODES)} modes at "
                 f"{', '.join(self.plan.names)}; run {self.card['run'].get('status', 'unknown')}; {self.nbytes/1e6:.0f} MB in {self.path})")
 
-# %% ../nbs/03_recorder.ipynb #19298551
+# %% ../nbs/03_recorder.ipynb #a8c393f1
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -186,29 +186,43 @@ class FMCSRecorder(Callback):
 
     def before_fit(self):
         if hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds'): self.run = False
-        elif self._live is not None: self.finish()  # an earlier fit broke off
+        else: self._end()  # an earlier fit broke off
 
     def before_train(self):
         if self._live is None: self._start()
 
     def before_batch(self):
         live = self._live
-        if self.training and live['next'] < len(live['schedule']) and live['t'] == live['schedule'][live['next']]: self._snapshot()
+        if not self.training: return
+        live['loss'] = None
+        if live['next'] < len(live['schedule']) and live['t'] >= live['schedule'][live['next']]: self._snapshot()
+
+    def after_loss(self):
+        if self.training: self._live['loss'] = self.loss.detach()
 
     def after_batch(self):
-        if not self.training: return
-        self._live['losses'].append(self.loss.detach())
+        if not self.training or self._live['loss'] is None: return  # a batch cancelled before its loss is no step
+        self._live['losses'].append(self._live['loss'])
         self._live['lrs'].append(self.opt.hypers[-1]['lr'])
         self._live['t'] += 1
 
     def after_fit(self):
-        if self._live is not None: self.finish()
+        self._end()
+
+    def _end(self):
+        "Finish what was recorded; a fit that broke off before its first step leaves nothing."
+        if self._live is None: return
+        if self._live['losses']: self.finish()
+        else:
+            live,self._live = self._live,None
+            if live['temporary'] is None: shutil.rmtree(live['path'], ignore_errors=True)
 
     def finish(self) -> FMCSDataset:
         "Take the last snapshot, label all of them and write the tables. Called by itself when the fit ends."
+        if self._live is not None and not self._live['losses']: self._end()
         if self._live is None: return self.dataset
         live = self._live
-        if live['t'] > live['taken'][-1]: self._snapshot()
+        if not live['taken'] or live['t'] > live['taken'][-1]: self._snapshot()
         self._live = None
         losses = torch.stack([l.float().cpu() for l in live['losses']]).numpy()
         pd.DataFrame({'step':np.arange(len(losses)), 'loss':losses, 'lr':live['lrs']}).to_csv(live['path']/'steps.csv', index=False)
@@ -236,7 +250,7 @@ class FMCSRecorder(Callback):
         np.save(path/'targets.npy', targets)
         card = dict(format=1, arch=plan.arch, plan=plan.to_dict(), n_images=n, image_indices=idxs.tolist(), modes=MODES, steps_per_epoch=len(dl),
                     batch_size=bs, threshold=self.threshold, n_levels=self.n_levels, seed=self.sample_seed, version=__version__, run={})
-        self._live = dict(views=views, schedule=schedule, next=0, t=0, taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
+        self._live = dict(views=views, schedule=schedule, next=0, t=0, loss=None, taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
                           tap=FeatureTap(plan, keep_graph=False, reduce=pool_map))
 
     def _to_model(self, x):
