@@ -155,7 +155,7 @@ class FMCSDataset:
         return (f"FMCSDataset({self.card['arch']}: {len(self)} snapshots of {self.n_images} images in {len(MODES)} modes at "
                 f"{', '.join(self.plan.names)}; run {self.card['run'].get('status', 'unknown')}; {self.nbytes/1e6:.0f} MB in {self.path})")
 
-# %% ../nbs/03_recorder.ipynb #a8c393f1
+# %% ../nbs/03_recorder.ipynb #d552bd06
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -194,7 +194,7 @@ class FMCSRecorder(Callback):
     def before_batch(self):
         live = self._live
         if not self.training: return
-        live['loss'] = None
+        live['loss'],live['modes'] = None,[m.training for m in unwrap(self.model).modules()]
         if live['next'] < len(live['schedule']) and live['t'] >= live['schedule'][live['next']]: self._snapshot()
 
     def after_loss(self):
@@ -203,6 +203,7 @@ class FMCSRecorder(Callback):
     def after_batch(self):
         if not self.training or self._live['loss'] is None: return  # a batch cancelled before its loss is no step
         self._live['losses'].append(self._live['loss'])
+        self._live['loss'] = None
         self._live['lrs'].append(self.opt.hypers[-1]['lr'])
         self._live['t'] += 1
 
@@ -250,7 +251,7 @@ class FMCSRecorder(Callback):
         np.save(path/'targets.npy', targets)
         card = dict(format=1, arch=plan.arch, plan=plan.to_dict(), n_images=n, image_indices=idxs.tolist(), modes=MODES, steps_per_epoch=len(dl),
                     batch_size=bs, threshold=self.threshold, n_levels=self.n_levels, seed=self.sample_seed, version=__version__, run={})
-        self._live = dict(views=views, schedule=schedule, next=0, t=0, loss=None, taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
+        self._live = dict(views=views, schedule=schedule, next=0, t=0, loss=None, modes=[], taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
                           tap=FeatureTap(plan, keep_graph=False, reduce=pool_map))
 
     def _to_model(self, x):
@@ -286,10 +287,11 @@ class FMCSRecorder(Callback):
         live,model = self._live,unwrap(self.model)
         maps = {n:[] for n in live['tap'].plan.names}
         with undisturbed(model, self.sample_seed):
-            training = [(m, m.training) for m in model.modules()]
+            # the modes that training has set, module by module (frozen batch norm stays in eval mode); after the fit the network itself is in eval mode
+            training = list(zip(model.modules(), live['modes']))
             for mode,batches in zip(MODES, live['views']):
                 if mode == 'eval': model.eval()
-                else:  # the modes that training has set, module by module (frozen batch norm stays in eval mode)
+                else:
                     for m,t in training: m.training = t
                 for name,parts in self._read_maps(model, batches).items(): maps[name].append(torch.cat(parts))
         try:
