@@ -7,11 +7,12 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/recorder.html.md"""
 # %% auto #0
 __all__ = ['MODES', 'snapshot_steps', 'undisturbed', 'DatasetError', 'FMCSDataset', 'FMCSRecorder']
 
-# %% ../nbs/03_recorder.ipynb #b335de6b
+# %% ../nbs/03_recorder.ipynb #b35b5bd9
 import json
 import random
 import shutil
 import tempfile
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class DatasetError(ValueError):
 
 MODES = ('eval', 'train')
 
-# %% ../nbs/03_recorder.ipynb #cbe5cb79
+# %% ../nbs/03_recorder.ipynb #614737b6
 class FMCSDataset:
     "Recorded feature maps with their Feature Map Convergence Scores: open one with `FMCSDataset(path)`."
     def __init__(self,
@@ -104,6 +105,8 @@ class FMCSDataset:
             self.plan = TapPlan.from_dict(self.card['plan'])
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
             self.targets = np.load(self.path/'targets.npy', allow_pickle=False)
+            for file,frame,columns in (('steps.csv', self.steps, ('loss', 'lr')), ('snapshots.csv', self.snapshots, ('step', 'epoch', 'fmcs'))):
+                if lacking := [c for c in columns if c not in frame]: raise ValueError(f"{file} has no column {', '.join(lacking)}")
         except FileNotFoundError as e: raise DatasetError(f"{self.path} is not a finished FMCS data set: {Path(e.filename).name} is missing. Record one with FMCSRecorder; after a broken-off fit call its finish().") from e
         except (KeyError, TypeError, ValueError, EOFError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
         missing = [f.name for i in range(len(self)) for f in map(self._file, self.plan.names, [i]*len(self.plan)) if not f.is_file()]
@@ -129,6 +132,7 @@ class FMCSDataset:
         try: maps = np.load(self._file(name, i), mmap_mode='r', allow_pickle=False)
         except (OSError, EOFError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
         want = (2, self.n_images, self.plan.channels[name])
+        if not isinstance(maps, np.ndarray): raise DatasetError(f"{self._file(name, i)} is damaged: it is no array. Record the data set anew with FMCSRecorder.")
         if maps.shape[:3] != want or maps.ndim != 5: raise DatasetError(f"{self._file(name, i)} has shape {maps.shape}, not {want} and a grid. Record the data set anew with FMCSRecorder.")
         return maps
 
@@ -155,7 +159,13 @@ class FMCSDataset:
         return (f"FMCSDataset({self.card['arch']}: {len(self)} snapshots of {self.n_images} images in {len(MODES)} modes at "
                 f"{', '.join(self.plan.names)}; run {self.card['run'].get('status', 'unknown')}; {self.nbytes/1e6:.0f} MB in {self.path})")
 
-# %% ../nbs/03_recorder.ipynb #d552bd06
+# %% ../nbs/03_recorder.ipynb #bf366596
+class _TempFolder:
+    "A temporary folder that goes without a ResourceWarning when nothing refers to it any more."
+    def __init__(self):
+        self.name = tempfile.mkdtemp(prefix='fmcs_dataset_')
+        weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
+
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -216,7 +226,7 @@ class FMCSRecorder(Callback):
         if self._live['losses']: self.finish()
         else:
             live,self._live = self._live,None
-            if live['temporary'] is None: shutil.rmtree(live['path'], ignore_errors=True)
+            shutil.rmtree(live['path'], ignore_errors=True)
 
     def finish(self) -> FMCSDataset:
         "Take the last snapshot, label all of them and write the tables. Called by itself when the fit ends."
@@ -271,7 +281,7 @@ class FMCSRecorder(Callback):
     def _make_folder(self, need):
         temporary = None
         if self.out_path is None:
-            temporary = tempfile.TemporaryDirectory(prefix='fmcs_dataset_')
+            temporary = _TempFolder()
             path = Path(temporary.name)
         else:
             path = Path(self.out_path)
