@@ -23,7 +23,7 @@ from .losses import FMCS_LOSSES, GradientNorms, check_alpha, fmcs_loss, represen
 from .oracle import FMCENet, OracleError
 from .taps import FeatureTap, TapError
 
-# %% ../nbs/06_callback.ipynb #a0bfce8e
+# %% ../nbs/06_callback.ipynb #375cc5ac
 NORMS_EVERY = 8  # gradient norms are read in the first of so many steps: on an early, large map they cost more than the query
 
 class _ArmLast(Callback):
@@ -31,6 +31,13 @@ class _ArmLast(Callback):
     order,run_valid = 1_000_000,False
     def __init__(self, owner): self.owner = owner
     def before_batch(self): self.owner._arm()
+    def __getstate__(self): return {**self.__dict__, 'owner':None}
+
+class _Column(ValueMetric):
+    "One of the owner's columns in the table of losses."
+    def __init__(self, owner, i, name): self.owner,self.i,self.metric_name = owner,i,name
+    @property
+    def value(self): return self.owner._shown(self.i) if self.owner is not None else float('nan')
     def __getstate__(self): return {**self.__dict__, 'owner':None}
 
 def class_targets(yb):
@@ -44,7 +51,7 @@ def _is_training_fit(learn):
     quiet = not getattr(learn, 'create_mbar', True) and getattr(learn.logger, '__name__', '') == 'noop'
     return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds') or quiet)
 
-# %% ../nbs/06_callback.ipynb #5dbc06a6
+# %% ../nbs/06_callback.ipynb #36dec075
 class FMCECallback(Callback):
     """Adds the alpha-weighted FMCS loss of a frozen oracle to the training loss.
 
@@ -68,20 +75,28 @@ class FMCECallback(Callback):
         if oracle is not None and not isinstance(oracle, FMCENet): raise TypeError(f"oracle is a {type(oracle).__name__}; give an FMCENet, e.g. FMCENet.load(path).")
         if targets not in ('auto', None): raise ValueError(f"targets is {targets!r}; known are 'auto' and None.")
         self.alpha,self.oracle,self.tap_names,self.when,self.fmcs_loss,self.target_mode = alpha,oracle,taps,_check_when(when),fmcs_loss,targets
-        self._tap,self._online,self._epoch,self._rows,self._columns,self._fit = None,None,[],[],[],0
+        self._tap,self._online,self._epoch,self._rows,self._fit = None,None,[],[],0
         self._last = (float('nan'),)*3
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):
+        # fastai says only in this way that a callback is taken away, also when its fit broke off
+        if learn is None and self._learn is not None: self._leave()
+        self._learn = learn
+    _learn = None
 
     # Events --------------------------------------------------------------------------------------------------------
     def before_fit(self):
         self._leave()  # what an earlier fit left that broke off
         if not _is_training_fit(self.learn): return
-        plan = self._check_oracle()
-        self._tap,self._fit,self._epoch,self._online = FeatureTap(plan),self._fit+1,[],None
-        self._why = Counter()  # steps by the reason why RAL did not act; None: it did
-        if self.when == 'converged': self._online = OnlineCQI(len(self.dls.train))
-        self.learn.add_cb(_ArmLast(self))
-        self._columns = [ValueMetric(lambda i=i: self._shown(i), name) for i,name in enumerate(('fmcs_loss', 'fmcs', 'fmcs_last'))]
-        self.learn.metrics = self.learn.metrics + self._columns
+        self._begin()
+        self.learn.metrics = self.learn.metrics + [_Column(self, i, name) for i,name in enumerate(('fmcs_loss', 'fmcs', 'fmcs_last'))]
+
+    def before_train(self):
+        # Without bar and logger a fit looks like a validation until here; nobody reads its table
+        if self._tap is None and not hasattr(self.learn, 'lr_finder'): self._begin()
 
     def after_loss(self):
         if self._tap is None: return
@@ -105,8 +120,11 @@ class FMCECallback(Callback):
 
     def after_train(self): self._close_epoch()
 
+    def after_cancel_epoch(self): self._close_epoch()  # its `after_train` never came
+
     def after_fit(self):
         if self._tap is None: return
+        self._close_epoch()  # a fit cancelled inside an epoch, for instance by TerminateOnNaNCallback
         silent = {w:n for w,n in self._why.items() if w not in (None, 'watched')}
         self._leave()
         if silent and not self._why[None]:
@@ -133,6 +151,13 @@ class FMCECallback(Callback):
         self._counted = torch.tensor([n in wanted for n in plan.names])
         plan.resolve(self.model)
         return plan
+
+    def _begin(self):
+        "Set up for the fit that begins."
+        self._tap,self._fit,self._epoch,self._online = FeatureTap(self._check_oracle()),self._fit+1,[],None
+        self._why = Counter()  # steps by the reason why RAL did not act; None: it did
+        if self.when == 'converged': self._online = OnlineCQI(len(self.dls.train))
+        self.learn.add_cb(_ArmLast(self))
 
     def _arm(self):
         if self._tap is not None: self._tap.arm(self.model)
@@ -183,15 +208,15 @@ class FMCECallback(Callback):
 
     def _leave(self):
         "Take away columns, the arming helper, hooks and whatever the last step held."
-        mine = {id(c) for c in self._columns}
-        if mine: self.learn.metrics = [m for m in self.learn.metrics if id(m) not in mine]
-        self.learn.remove_cbs([cb for cb in self.learn.cbs if isinstance(cb, _ArmLast) and cb.owner in (self, None)])
+        mine = lambda o, cls: isinstance(o, cls) and (o.owner is self or o.owner is None)
+        if any(mine(m, _Column) for m in self.learn.metrics): self.learn.metrics = [m for m in self.learn.metrics if not mine(m, _Column)]
+        self.learn.remove_cbs([cb for cb in self.learn.cbs if mine(cb, _ArmLast)])
         if self._tap is not None: self._tap.detach()
-        self._columns,self._tap,self._epoch = [],None,[]
+        self._tap,self._epoch = None,[]
 
     def __getstate__(self):
         "For `learn.export()`: neither the oracle's weights nor maps, hooks or columns travel along."
-        return {**self.__dict__, 'oracle':None, '_tap':None, '_columns':[], '_epoch':[]}
+        return {**self.__dict__, 'oracle':None, '_tap':None, '_epoch':[]}
 
 # %% ../nbs/06_callback.ipynb #aceea1d4
 _REASONS = ('watched', 'no_gradient', 'not_valid', 'not_finite')

@@ -7,10 +7,11 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.html.md"""
 # %% auto #0
 __all__ = ['Scores', 'OracleError', 'OracleFileError', 'FMCENet', 'FittedFMCENet', 'tensors_sha256']
 
-# %% ../nbs/02_oracle.ipynb #3cc84803
+# %% ../nbs/02_oracle.ipynb #190c5700
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,7 +170,7 @@ def tensors_sha256(
 def _card_sha256(card):
     return hashlib.sha256(json.dumps({k:v for k,v in card.items() if k != 'card_sha256'}, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/02_oracle.ipynb #fbb0649d
+# %% ../nbs/02_oracle.ipynb #ea3d02db
 def _save(self,
     path, # File to write, usually `*.safetensors`
 ) -> Path:
@@ -188,13 +189,14 @@ def _save(self,
         os.replace(part, path)
     except OSError as e:
         raise OSError(e.errno, f"the oracle could not be written ({e.strerror or e}); nothing there was changed", str(path)) from e
-    finally: part.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): part.unlink()
     self.card = card
     return path
 
 FMCENet.save = _save
 
-# %% ../nbs/02_oracle.ipynb #890ccae8
+# %% ../nbs/02_oracle.ipynb #7fee7fe2
 def _read_file(path):
     "Tensors and card of an oracle file, both sums checked."
     from safetensors import SafetensorError, safe_open
@@ -221,7 +223,7 @@ def _load(cls,
 ) -> FMCENet: # Frozen
     "The oracle in `path`, frozen. Raises `OracleFileError` for a missing, damaged or foreign file; no pickle is ever read."
     tensors,card,bad = _read_file(path)
-    kind = FMCENet._kinds.get(card.get('kind'))
+    kind = FMCENet._kinds.get(str(card.get('kind')))
     if kind is None: raise bad(f"its kind is {card.get('kind')!r}, known are {', '.join(FMCENet._kinds)}")
     if not issubclass(kind, cls): raise bad(f"its kind is {card['kind']!r}, but {cls.__name__} was asked for")
     try:

@@ -91,7 +91,7 @@ class DatasetError(ValueError):
 
 MODES = ('eval', 'train')
 
-# %% ../nbs/03_recorder.ipynb #4922f031
+# %% ../nbs/03_recorder.ipynb #614737b6
 class FMCSDataset:
     "Recorded feature maps with their Feature Map Convergence Scores: open one with `FMCSDataset(path)`."
     def __init__(self,
@@ -104,8 +104,10 @@ class FMCSDataset:
             self.plan = TapPlan.from_dict(self.card['plan'])
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
             self.targets = np.load(self.path/'targets.npy', allow_pickle=False)
+            for file,frame,columns in (('steps.csv', self.steps, ('loss', 'lr')), ('snapshots.csv', self.snapshots, ('step', 'epoch', 'fmcs'))):
+                if lacking := [c for c in columns if c not in frame]: raise ValueError(f"{file} has no column {', '.join(lacking)}")
         except FileNotFoundError as e: raise DatasetError(f"{self.path} is not a finished FMCS data set: {Path(e.filename).name} is missing. Record one with FMCSRecorder; after a broken-off fit call its finish().") from e
-        except (KeyError, TypeError, ValueError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
+        except (KeyError, TypeError, ValueError, EOFError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
         missing = [f.name for i in range(len(self)) for f in map(self._file, self.plan.names, [i]*len(self.plan)) if not f.is_file()]
         if missing: raise DatasetError(f"{self.path} is damaged: {len(missing)} of its map files are missing, first {missing[0]}. Record it anew with FMCSRecorder.")
 
@@ -127,8 +129,9 @@ class FMCSDataset:
     ) -> np.ndarray: # (2, N, C, h, w) float16, read from disk as needed
         "The recorded maps of one tap at one snapshot: eval mode, then training mode."
         try: maps = np.load(self._file(name, i), mmap_mode='r', allow_pickle=False)
-        except (OSError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
+        except (OSError, EOFError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
         want = (2, self.n_images, self.plan.channels[name])
+        if not isinstance(maps, np.ndarray): raise DatasetError(f"{self._file(name, i)} is damaged: it is no array. Record the data set anew with FMCSRecorder.")
         if maps.shape[:3] != want or maps.ndim != 5: raise DatasetError(f"{self._file(name, i)} has shape {maps.shape}, not {want} and a grid. Record the data set anew with FMCSRecorder.")
         return maps
 
@@ -162,7 +165,7 @@ class _TemporaryFolder:
         self.path = Path(tempfile.mkdtemp(prefix='fmcs_dataset_'))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
-# %% ../nbs/03_recorder.ipynb #d3ed89ec
+# %% ../nbs/03_recorder.ipynb #d5256efc
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -193,29 +196,44 @@ class FMCSRecorder(Callback):
 
     def before_fit(self):
         if hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds'): self.run = False
-        elif self._live is not None: self.finish()  # an earlier fit broke off
+        else: self._end()  # an earlier fit broke off
 
     def before_train(self):
         if self._live is None: self._start()
 
     def before_batch(self):
         live = self._live
-        if self.training and live['next'] < len(live['schedule']) and live['t'] == live['schedule'][live['next']]: self._snapshot()
+        if not self.training: return
+        live['loss'],live['modes'] = None,[m.training for m in unwrap(self.model).modules()]
+        if live['next'] < len(live['schedule']) and live['t'] >= live['schedule'][live['next']]: self._snapshot()
+
+    def after_loss(self):
+        if self.training: self._live['loss'] = self.loss.detach()
 
     def after_batch(self):
-        if not self.training: return
-        self._live['losses'].append(self.loss.detach())
+        if not self.training or self._live['loss'] is None: return  # a batch cancelled before its loss is no step
+        self._live['losses'].append(self._live['loss'])
+        self._live['loss'] = None
         self._live['lrs'].append(self.opt.hypers[-1]['lr'])
         self._live['t'] += 1
 
     def after_fit(self):
-        if self._live is not None: self.finish()
+        self._end()
+
+    def _end(self):
+        "Finish what was recorded; a fit that broke off before its first step leaves nothing."
+        if self._live is None: return
+        if self._live['losses']: self.finish()
+        else:
+            live,self._live = self._live,None
+            shutil.rmtree(live['path'], ignore_errors=True)
 
     def finish(self) -> FMCSDataset:
         "Take the last snapshot, label all of them and write the tables. Called by itself when the fit ends."
+        if self._live is not None and not self._live['losses']: self._end()
         if self._live is None: return self.dataset
         live = self._live
-        if live['t'] > live['taken'][-1]: self._snapshot()
+        if not live['taken'] or live['t'] > live['taken'][-1]: self._snapshot()
         self._live = None
         losses = torch.stack([l.float().cpu() for l in live['losses']]).numpy()
         pd.DataFrame({'step':np.arange(len(losses)), 'loss':losses, 'lr':live['lrs']}).to_csv(live['path']/'steps.csv', index=False)
@@ -243,7 +261,7 @@ class FMCSRecorder(Callback):
         np.save(path/'targets.npy', targets)
         card = dict(format=1, arch=plan.arch, plan=plan.to_dict(), n_images=n, image_indices=idxs.tolist(), modes=MODES, steps_per_epoch=len(dl),
                     batch_size=bs, threshold=self.threshold, n_levels=self.n_levels, seed=self.sample_seed, version=__version__, run={})
-        self._live = dict(views=views, schedule=schedule, next=0, t=0, taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
+        self._live = dict(views=views, schedule=schedule, next=0, t=0, loss=None, modes=[], taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
                           tap=FeatureTap(plan, keep_graph=False, reduce=pool_map))
 
     def _to_model(self, x):
@@ -279,10 +297,11 @@ class FMCSRecorder(Callback):
         live,model = self._live,unwrap(self.model)
         maps = {n:[] for n in live['tap'].plan.names}
         with undisturbed(model, self.sample_seed):
-            training = [(m, m.training) for m in model.modules()]
+            # the modes that training has set, module by module (frozen batch norm stays in eval mode); after the fit the network itself is in eval mode
+            training = list(zip(model.modules(), live['modes']))
             for mode,batches in zip(MODES, live['views']):
                 if mode == 'eval': model.eval()
-                else:  # the modes that training has set, module by module (frozen batch norm stays in eval mode)
+                else:
                     for m,t in training: m.training = t
                 for name,parts in self._read_maps(model, batches).items(): maps[name].append(torch.cat(parts))
         try:

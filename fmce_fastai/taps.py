@@ -311,7 +311,7 @@ def tap_plan(
         plan.append(Tap(name, c, tuple(grid), f.layers/max(layers, 1), layout, f.inplace))
     return TapPlan(_arch_name(backbone), source, plan, tuple(x.shape))
 
-# %% ../nbs/01_taps.ipynb #a0ab5b8c
+# %% ../nbs/01_taps.ipynb #23075d41
 class FeatureTap:
     """Hands out the maps of one forward pass and leaves no hook behind.
 
@@ -348,7 +348,9 @@ class FeatureTap:
             self.maps[tap.name] = fmap if self.reduce is None else self.reduce(fmap)
         return hook
 
-    def _done(self, module, args, out): self._remove()
+    def _done(self, module, args, out):
+        self._remove()
+        if out is None: self.maps = {}  # the forward raised: keep no half set of maps, nor the graph behind them
 
     def _remove(self):
         self._armed = False
