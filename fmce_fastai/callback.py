@@ -172,7 +172,7 @@ class FMCECallback(Callback):
             direct,rest = (sum(float(norm[name]) for norm in norms if name in norm) for norms in zip(*((s['norms'].direct, s['norms'].rest) for s in steps)))
             self._rows.append([self._fit, int(self.epoch), name, _nanmean(fmcs[:,j]), _nanmean(loss[:,j]), direct/rest if rest > 0 else np.nan,
                                float(np.mean([s['alpha'] for s in steps])), len(steps), why[None], *(why[r] for r in _REASONS)])
-        self._last = (_nanmean(loss[:,self._counted]), _nanmean(fmcs[:,self._counted]), _nanmean(fmcs[:,-1]))
+        self._last = (_nanmean(loss[:,self._counted.numpy()]), _nanmean(fmcs[:,self._counted.numpy()]), _nanmean(fmcs[:,-1]))
         self._epoch = []
 
     def _shown(self, i): return self._last[i]
