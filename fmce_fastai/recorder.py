@@ -105,7 +105,7 @@ class FMCSDataset:
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
             self.targets = np.load(self.path/'targets.npy', allow_pickle=False)
         except FileNotFoundError as e: raise DatasetError(f"{self.path} is not a finished FMCS data set: {Path(e.filename).name} is missing. Record one with FMCSRecorder; after a broken-off fit call its finish().") from e
-        except (KeyError, TypeError, ValueError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
+        except (KeyError, TypeError, ValueError, EOFError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
         missing = [f.name for i in range(len(self)) for f in map(self._file, self.plan.names, [i]*len(self.plan)) if not f.is_file()]
         if missing: raise DatasetError(f"{self.path} is damaged: {len(missing)} of its map files are missing, first {missing[0]}. Record it anew with FMCSRecorder.")
 
