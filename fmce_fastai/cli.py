@@ -148,7 +148,7 @@ def check_weights(
     wrong = [k for k,shape in wanted.items() if k not in given and not k.endswith('num_batches_tracked') or k in given and getattr(given[k], 'shape', None) != shape]
     if wrong: raise CommandError(f"--weights {path!r} does not fit {arch}: {len(wrong)} of its {len(wanted)} tensors are missing there or have another shape, first {wrong[0]}. Give the file that belongs to --arch.")
 
-# %% ../nbs/11_cli.ipynb #1ea487b4
+# %% ../nbs/11_cli.ipynb #ca5a5cd2
 def _learner(cfg, dls, fresh=True):
     "A learner for the options; random numbers come from `seed`. Not `fresh`: its weights will be loaded over, so that none are downloaded."
     import fastai.callback.schedule  # gives Learner its `fit_one_cycle`
@@ -162,7 +162,9 @@ def _learner(cfg, dls, fresh=True):
         kwargs['pretrained_cfg_overlay'] = dict(file=str(cfg['weights']))
     set_seed(cfg['seed'])
     try:
-        with _cut_at(arch, cfg['cut']): learn = vision_learner(dls, arch, pretrained=pretrained, metrics=accuracy, path=Path(cfg['out'] or '.'), **kwargs)
+        with warnings.catch_warnings(), _cut_at(arch, cfg['cut']):
+            warnings.filterwarnings('ignore', category=UserWarning, module='torchvision')  # fastai says `pretrained` where torchvision now says `weights`
+            learn = vision_learner(dls, arch, pretrained=pretrained, metrics=accuracy, path=Path(cfg['out'] or '.'), **kwargs)
     except Exception as e:  # timm, torchvision, fastai and the hub each have their own
         hint = " The weights are downloaded: is there a network? With a file of them, use --weights." if pretrained and not cfg['weights'] else ""
         raise CommandError(f"--arch {cfg['arch']} could not be built: {type(e).__name__}: {str(e).rstrip('. ')}.{hint}") from e
