@@ -166,7 +166,7 @@ class FMCECallback(Callback):
         "Means of the epoch that ended, as rows of `history`."
         if not self._epoch: return
         names,steps = self._tap.plan.names,self._epoch
-        fmcs,loss = (np.array(torch.stack([s[k] for s in steps]).float().cpu()) for k in ('fmcs', 'loss'))
+        fmcs,loss = (torch.stack([s[k] for s in steps]).float().cpu().as_subclass(torch.Tensor).numpy() for k in ('fmcs', 'loss'))
         why = Counter(s['why'] for s in steps)
         for j,name in enumerate(names):
             direct,rest = (sum(float(norm[name]) for norm in norms if name in norm) for norms in zip(*((s['norms'].direct, s['norms'].rest) for s in steps)))
