@@ -1,0 +1,262 @@
+"The command `fmce_train`: what it leaves, what it says when something is wrong, and that a broken run goes on to the same figures."
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fastai.vision.learner import model_meta
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.models import resnet18, shufflenet_v2_x1_0
+
+from fmce_fastai import cli, data
+
+TINY = dict(arch='test_resnet', epochs=6, ral_epochs=1, oracle_epochs=4, n_images=64, n_snapshots=8)
+STAGES = ('stage1', 'stage2', 'stage3_plain', 'stage3_ral')
+
+def command(**options):
+    script = shutil.which('fmce_train', path=os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]))
+    return [script, *(str(o) for k,v in options.items() for o in ('--' + k.replace('_', '-'), v))]
+
+def figures(results):
+    "All of `results.json` but times and the folder."
+    if isinstance(results, list): return [figures(v) for v in results]
+    return {k:figures(v) for k,v in results.items() if k not in ('seconds', 'out')} if isinstance(results, dict) else results
+
+def read(folder): return json.loads((folder/'results.json').read_text())
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory):
+    "A finished run; tests work on copies."
+    out = tmp_path_factory.mktemp('cli')/'run'
+    cli.fmce_train(**TINY, out=str(out))
+    return out
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    "A function: a copy of the finished run in which only the stages `keep` are finished."
+    def make(*keep, name='copy'):
+        shutil.copytree(finished, tmp_path/name)
+        for s in set(STAGES)-set(keep): (tmp_path/name/f'{s}.json').unlink()
+        return tmp_path/name
+    return make
+
+@pytest.fixture
+def refused(capsys):
+    "A function: the one line that the command says when it refuses `options`."
+    def call(code=1, lines=1, **options):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: cli.fmce_train(**{k:str(v) if isinstance(v, Path) else v for k,v in options.items()})
+        said = capsys.readouterr().err
+        assert e.value.code == code and said.startswith('fmce_train: ') and 'Traceback' not in said
+        assert len(said.splitlines()) == lines, said
+        return said
+    return call
+
+# What a run leaves -----------------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_what_is_promised(finished):
+    r = read(finished)
+    for png in ('convergence.png', 'fmcs.png', 'calibration.png'):
+        with Image.open(finished/png) as im: assert min(im.size) > 300 and len(im.convert('L').getcolors(1<<16)) > 20
+    modules = list(dict.fromkeys(s['module'] for s in r['stage2']['scores']))
+    with open(finished/'history.csv') as f: rows = list(csv.DictReader(f))
+    assert [x['module'] for x in rows] == modules and len(modules) == 5
+    assert r['stage1']['test']['accuracy'] > 0.5 and r['stage1']['test']['split'] == 'test'
+    assert not [f.name for f in finished.iterdir() if f.name.startswith('.')]
+
+def test_the_table_says_what_counts(finished):
+    text = cli.summary(read(finished))
+    for part in ('before fine-tuning', 'plain fine-tuning', 'RAL, alpha 0.9', 'one seed proves nothing', 'layer4', 'time per stage', '300 images: one is 0.33 points'): assert part in text
+    assert max(map(len, text.splitlines())) <= 115
+
+def test_the_exported_learner_predicts(finished):
+    from fastai.learner import load_learner
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # fastai warns that it unpickles
+        learn = load_learner(finished/'learner.pkl')
+    item,_,probs = learn.predict(np.zeros((8,8), np.uint8))
+    assert item in '0123456789' and probs.sum() == pytest.approx(1, abs=1e-5)
+
+def test_alpha_0_equals_the_control_bit_for_bit(copy):
+    out = copy('stage1', 'stage2', 'stage3_plain')
+    cli.fmce_train(resume=str(out), alpha=0.)
+    plain,ral = load_file(out/'stage3_plain.safetensors'),load_file(out/'stage3_ral.safetensors')
+    assert list(plain) == list(ral) and all(torch.equal(plain[k], ral[k]) for k in plain)
+    assert read(out)['stage3_plain']['test'] == read(out)['stage3_ral']['test'] and read(out)['options']['alpha'] == 0
+
+def test_alpha_09_does_not_equal_the_control(finished):
+    plain,ral,start = (load_file(finished/f'{n}.safetensors') for n in ('stage3_plain', 'stage3_ral', 'stage1'))
+    assert any(not torch.equal(plain[k], ral[k]) for k in plain) and any(not torch.equal(plain[k], start[k]) for k in plain)
+
+# Broken off ------------------------------------------------------------------------------------------------------------
+
+def stop(out, when, sig):
+    "Start the command and send it `sig` when its output has `when`; returns its exit status and what it said."
+    p = subprocess.Popen(command(**TINY, out=out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if when in line: break
+    p.send_signal(sig)
+    return p.communicate()[1],p.returncode
+
+def test_killed_in_stage_1_then_the_same_figures(finished, tmp_path):
+    said,code = stop(tmp_path/'k', 'epoch 2/6', signal.SIGKILL)
+    assert code == -signal.SIGKILL and not (tmp_path/'k/stage1.json').exists()
+    cli.fmce_train(resume=str(tmp_path/'k'))
+    assert figures(read(tmp_path/'k')) == figures(read(finished))
+
+def test_ctrl_c_is_one_message(tmp_path):
+    said,code = stop(tmp_path/'k', 'stage1:', signal.SIGINT)
+    assert code == 130 and 'stopped by Ctrl-C' in said and '--resume' in said and 'Traceback' not in said
+
+@pytest.mark.parametrize('keep', [('stage1',), ('stage1', 'stage2'), ('stage1', 'stage2', 'stage3_plain')])
+def test_goes_on_after_the_last_finished_stage(keep, copy, finished, capsys):
+    out = copy(*keep)
+    times = {s:(out/f'{s}.json').stat().st_mtime_ns for s in keep}
+    cli.fmce_train(resume=str(out))
+    assert figures(read(out)) == figures(read(finished))
+    assert capsys.readouterr().out.count('finished before, kept') == len(keep)
+    assert times == {s:(out/f'{s}.json').stat().st_mtime_ns for s in keep}
+
+def test_a_repeated_stage_takes_along_what_rests_on_it(copy, finished):
+    out = copy('stage2', 'stage3_plain', 'stage3_ral')
+    assert cli._finished(out) == {}
+    (out/'stage1.json').write_text((finished/'stage1.json').read_text())
+    assert set(cli._finished(out)) == set(STAGES)
+    (out/'stage2.json').unlink()
+    assert set(cli._finished(out)) == {'stage1', 'stage3_plain'}
+
+def test_options_of_finished_stages_stay(copy, refused):
+    out = copy('stage1', 'stage2', 'stage3_plain')
+    assert '--epochs 9 does not go with --resume' in refused(resume=out, epochs=9)
+    assert 'stage3_plain is finished with it' in refused(resume=out, ral_lr=1e-5)
+    assert cli._resumed(out, dict(alpha=0.5))['alpha'] == 0.5
+
+# Damage ----------------------------------------------------------------------------------------------------------------
+
+def half(p): p.write_bytes(p.read_bytes()[:p.stat().st_size//2])
+def flip(p): b = bytearray(p.read_bytes()); b[len(b)//2] ^= 255; p.write_bytes(bytes(b))
+def gone(p): shutil.rmtree(p) if p.is_dir() else p.unlink()
+def empty(p): p.write_bytes(b'')
+def other(p): p.write_text('{}')
+
+@pytest.mark.parametrize('file,how', [('stage1.json', half), ('stage1.json', other), ('stage2.json', empty), ('stage1.safetensors', gone), ('stage1.safetensors', half),
+    ('stage1.safetensors', flip), ('oracle.safetensors', flip), ('oracle.safetensors', gone), ('fmcs_dataset', gone), ('fmcs_dataset/card.json', half),
+    ('fmcs_dataset/maps/layer4.003.npy', half), ('fmcs_dataset/targets.npy', empty), ('history.csv', empty), ('learner.pkl', gone)])
+def test_damage_is_named_with_the_way_out(file, how, copy, refused):
+    keep = STAGES if file.endswith(('.csv', '.pkl')) or how is gone else ('stage1',) if 'fmcs' in file else ('stage1', 'stage2', 'stage3_plain') if 'oracle' in file else ('stage1', 'stage2')
+    out = copy(*keep)
+    how(out/file)
+    said = refused(resume=out, lines=2)
+    assert file.split('/')[0] in said and 'delete' in said and '.json' in said
+
+@pytest.mark.parametrize('how', [half, empty, other, gone])
+def test_damaged_options(how, copy, refused):
+    out = copy(*STAGES)
+    how(out/'options.json')
+    assert 'options.json' in refused(resume=out)
+
+# A full disk -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('limit,keep,file', [(100_000, ('stage1',), 'oracle.safetensors'), (1_000_000, ('stage1', 'stage2'), 'stage3_plain.safetensors'),
+                                             (1_950_000, STAGES[:3], 'learner.pkl'), (50_000, STAGES, 'fmcs.png')])
+def test_a_full_disk_loses_nothing(limit, keep, file, copy, refused):
+    out = copy(*keep)
+    (out/file).unlink() if keep != STAGES[:3] else None
+    before = {f.name:f.read_bytes() for f in out.iterdir() if f.is_file()}
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try: said = refused(resume=out, lines=2)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file in said and 'disk is full' in said and ', '.join(keep) in said
+    assert not [f.name for f in out.iterdir() if f.name.endswith('.part')]
+    assert all((out/f'{s}.json').read_bytes() == before[f'{s}.json'] for s in keep)
+
+def test_a_full_disk_while_recording(tmp_path, refused):
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try: said = refused(**TINY, out=tmp_path/'o', lines=2)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 'disk is full' in said and 'no finished stage yet' in said
+
+# Wrong options ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('bad,part', [(dict(alpha=-0.1), '[0, 1]'), (dict(alpha=1.5), '[0, 1]'), (dict(alpha=float('nan')), '[0, 1]'), (dict(arch='resnet1o'), 'Near it: resnet'),
+    (dict(arch='torchvision.resnet'), 'torchvision.resnet'), (dict(arch='test_resnet.nope'), 'Invalid pretrained tag'), (dict(data='digit'), "Did you mean 'digits'"), (dict(data=''), '--data is empty'),
+    (dict(device='cuda:99'), 'cpu'), (dict(device='tpu'), 'cpu'), (dict(n_train=5), '--n-train 5 leaves'), (dict(n_train=10**6), 'at most 1197'), (dict(seed=-1), '--seed -1'),
+    (dict(bs=1), '--bs is 1'), (dict(size=0), '--size is 0'), (dict(lr=float('nan')), '--lr is nan'), (dict(epochs=2), 'Give --epochs 3 or more'), (dict(n_train=10), 'Give --epochs 17 or more'),
+    (dict(cut=-1), '--cut goes with torchvision'), (dict(cut=-50, arch='torchvision.resnet18'), 'could not be built'), (dict(weights='nowhere.pth'), 'no such file'),
+    (dict(weights='x', arch='torchvision.resnet18'), '--weights goes with timm'), (dict(arch='vit_tiny_patch16_224'), 'at --size 32'), (dict(root='x'), 'takes no root'), (dict(download=True), 'Leave it out'),
+    (dict(data='fashion_mnist', root='nowhere'), 'train-images-idx3-ubyte'), (dict(out='/dev/null'), 'already exists'), (dict(out='/dev/null/x'), 'cannot be made')])
+def test_wrong_options_are_one_line_and_leave_nothing(bad, part, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert part in refused(**{**TINY, **bad})
+    assert list(tmp_path.iterdir()) == []
+
+def test_existing_folder_is_left_alone(finished, refused, tmp_path):
+    before = {f:f.stat().st_mtime_ns for f in finished.rglob('*')}
+    assert 'already exists and holds a run' in refused(**TINY, out=finished)
+    assert before == {f:f.stat().st_mtime_ns for f in finished.rglob('*')}
+    (tmp_path/'mine.txt').write_text('x')
+    assert 'no empty folder' in refused(**TINY, out=tmp_path)
+    assert 'no options.json' in refused(resume=tmp_path) and 'cannot be read' in refused(resume=tmp_path/'mine.txt')
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    save_file(timm.create_model('test_vit').state_dict(), tmp_path/'vit.safetensors')
+    with pytest.raises(cli.CommandError, match='does not fit test_resnet: .* of its 90 tensors'): cli.check_weights(str(tmp_path/'vit.safetensors'), 'test_resnet')
+    torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path/'own.pth')  # another classifier does not matter
+    cli.check_weights(str(tmp_path/'own.pth'), 'test_resnet')
+
+def test_weights_never_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'ran'),)
+    torch.save({'a':Evil()}, tmp_path/'evil.pth')
+    with pytest.raises(cli.CommandError, match='not a file of weights'): cli.check_weights(str(tmp_path/'evil.pth'), 'test_resnet')
+    assert not (tmp_path/'ran').exists()
+
+def test_weights_are_used(tmp_path):
+    own = timm.create_model('test_resnet')
+    save_file(own.state_dict(), tmp_path/'own.safetensors')
+    cfg = dict(arch='test_resnet', weights=str(tmp_path/'own.safetensors'), pretrained=False, cut=None, seed=0, out=None)
+    got = cli._learner(cfg, data.digits_dls()).model[0].model.state_dict()
+    assert all(torch.equal(v, own.state_dict()[k]) for k,v in got.items())
+
+def test_cut_reaches_the_network():
+    cfg = dict(arch='torchvision.resnet18', weights=None, pretrained=False, cut=-4, seed=0, out=None)
+    dls,before = data.digits_dls(),dict(model_meta)
+    assert len(cli._learner(cfg, dls).model[0]) == len(list(resnet18().children()))-4
+    body = cli._learner({**cfg, 'arch':'torchvision.shufflenet_v2_x1_0', 'cut':None}, dls).model[0]
+    assert len(body) == len(list(shufflenet_v2_x1_0().children()))-1
+    assert dict(model_meta) == before
+
+# Runs that cannot go on ------------------------------------------------------------------------------------------------
+
+def test_loss_not_a_number_in_stage_1(refused, tmp_path):
+    said = refused(**{**TINY, 'lr':1e30}, out=tmp_path/'o', lines=2)
+    assert 'the loss of stage 1 became nan' in said and 'lower --lr' in said and 'Go on with: fmce_train' not in said and 'Exception occured' not in said
+
+def test_loss_not_a_number_in_stage_3_keeps_the_rest(copy, refused, finished):
+    out = copy('stage1', 'stage2')
+    said = refused(resume=out, ral_lr=1e8, lines=2)
+    assert 'stage 3 (plain) became nan' in said and f'Kept in {out}: stage1, stage2.' in said
+    cli.fmce_train(resume=str(out), ral_lr=3e-4)  # what the message advises; 3e-4 is what the finished run had by default
+    assert figures(read(out)['stage3_ral']) == figures(read(finished)['stage3_ral'])
+
+def test_a_run_that_learns_nothing_keeps_its_network(refused, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in 'ab':
+        (tmp_path/'d'/name).mkdir(parents=True)
+        for i in range(40): Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path/'d'/name/f'{i}.png')
+    said = refused(**{**TINY, 'bs':8, 'epochs':4}, data=tmp_path/'d', out=tmp_path/'o', lr=1e-8, lines=2)
+    assert 'cannot be scored' in said and 'Start again in a new --out' in said and 'Kept in' in said
+    assert (tmp_path/'o/stage1.safetensors').exists()
