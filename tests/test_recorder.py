@@ -153,7 +153,8 @@ def test_byte_budget_and_existing_folders(tmp_path):
     assert_same(before, weights(learn.model))
     rec = FMCSRecorder(32, 4, path=tmp_path/"y")
     learn.fit(1, cbs=rec)
-    sizes = sum(t.channels*min(t.grid[0], 7)*min(t.grid[1], 7) for t in rec.dataset.plan)*2*2*32*len(rec.dataset)
+    pooled = lambda side: -(-side//-(-side//7))  # blocks of ceil(side/7) pixels
+    sizes = sum(t.channels*pooled(t.grid[0])*pooled(t.grid[1]) for t in rec.dataset.plan)*2*2*32*len(rec.dataset)
     assert sizes <= rec.dataset.nbytes <= sizes + 200*len(rec.dataset)*len(rec.dataset.plan)
     rec2 = FMCSRecorder(32, 4, max_bytes=sizes)
     learn.fit(1, cbs=rec2)
