@@ -92,7 +92,7 @@ class DatasetError(ValueError):
 
 MODES = ('eval', 'train')
 
-# %% ../nbs/03_recorder.ipynb #614737b6
+# %% ../nbs/03_recorder.ipynb #28f5d4b2
 class FMCSDataset:
     "Recorded feature maps with their Feature Map Convergence Scores: open one with `FMCSDataset(path)`."
     def __init__(self,
@@ -132,7 +132,9 @@ class FMCSDataset:
         try: maps = np.load(self._file(name, i), mmap_mode='r', allow_pickle=False)
         except (OSError, EOFError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
         want = (2, self.n_images, self.plan.channels[name])
-        if not isinstance(maps, np.ndarray): raise DatasetError(f"{self._file(name, i)} is damaged: it is no array. Record the data set anew with FMCSRecorder.")
+        if not isinstance(maps, np.ndarray):
+            maps.close()
+            raise DatasetError(f"{self._file(name, i)} is damaged: it is no array. Record the data set anew with FMCSRecorder.")
         if maps.shape[:3] != want or maps.ndim != 5: raise DatasetError(f"{self._file(name, i)} has shape {maps.shape}, not {want} and a grid. Record the data set anew with FMCSRecorder.")
         return maps
 
