@@ -202,7 +202,11 @@ def probe_input(
     x = torch.randn(2, channels, h, w, generator=torch.Generator().manual_seed(0))
     return x if param is None else x.to(param.device, param.dtype)
 
-# %% ../nbs/01_taps.ipynb #66ec40d5
+# %% ../nbs/01_taps.ipynb #d41cf160
+def _arch_name(backbone):
+    cfg = getattr(backbone, 'pretrained_cfg', None) or getattr(backbone, 'default_cfg', None) or {}
+    return cfg.get('architecture') or type(backbone).__name__
+
 def _layout_of(shape, channels=None):
     "`NCHW` or `NHWC`, told by where the known number of channels is."
     return 'NHWC' if channels is not None and shape[1] != channels and shape[3] == channels else 'NCHW'
@@ -222,6 +226,13 @@ def _from_feature_info(backbone, fired):
         stages.pop(grid, None)
         stages[grid] = (name, layout)
     return dict(stages.values())
+
+def _refuse_tokens(backbone, fired):
+    "A clear error for a network whose own stages are no maps; some other layer of it may well give one, but not one that was meant."
+    info = [d.get('module') for d in backbone.feature_info] if isinstance(backbone.feature_info, (list, tuple)) else []
+    tokens = [f"{n} gives {fired[n].shape}" for n in info if n in fired]
+    if tokens: raise TapError(f"The stages of {_arch_name(backbone)} are no (B, C, H, W) maps: {tokens[-1]}. Networks of tokens are not supported in this version; "
+                              "use a convolutional network, or name modules that give such maps with `taps=`.")
 
 def _kids(fired, parent):
     "Names of the children of `parent` that gave a map, in order of completion."
@@ -270,11 +281,7 @@ def _from_given(model, backbone, given, fired):
     chans = {d.get('module'):d.get('num_chs') for d in info} if isinstance(info, list) else {}
     return {n:_layout_of(fired[n].shape, chans.get(n)) if n in fired else 'NCHW' for n in dict.fromkeys(names)}
 
-# %% ../nbs/01_taps.ipynb #94901a57
-def _arch_name(backbone):
-    cfg = getattr(backbone, 'pretrained_cfg', None) or getattr(backbone, 'default_cfg', None) or {}
-    return cfg.get('architecture') or type(backbone).__name__
-
+# %% ../nbs/01_taps.ipynb #a231fa96
 def tap_plan(
     model:nn.Module, # Any network: timm, torchvision, your own; bare or inside a fastai learner
     taps=None, # Names, wildcards or modules; default: the last map per resolution
@@ -296,7 +303,9 @@ def tap_plan(
     fired = {n.removeprefix(prefix + '.') if prefix else n:f for n,f in fired.items() if n and n.startswith(prefix + '.' if prefix else '')}
     if taps is not None: source,found = 'given',_from_given(model, backbone, taps, fired)
     else:
-        source,found = 'feature_info',_from_feature_info(backbone, fired) if getattr(backbone, 'feature_info', None) else {}
+        info = getattr(backbone, 'feature_info', None)
+        source,found = 'feature_info',_from_feature_info(backbone, fired) if info else {}
+        if info and not found: _refuse_tokens(backbone, fired)
         if not found: source,found = 'stages',_from_stages(fired)
     silent = [n for n in found if n not in fired]
     if silent: raise TapError(f"{', '.join(silent)} of {_arch_name(backbone)} gave no tensor in a forward pass. Tap a module that the network calls and that returns one tensor.")

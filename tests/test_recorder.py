@@ -256,3 +256,16 @@ def test_undisturbed_brings_everything_back_also_after_an_error():
         with undisturbed(model): model.train(); model(torch.randn(4, 3, 16, 16)); model.eval(); raise KeyError
     assert_same(before, weights(model))
     assert rng_state() == state and [m.training for m in model.modules()] == modes
+
+
+def test_eval_maps_see_plain_images_and_train_maps_augmented_ones(tmp_path):
+    learn = silent(make_learner(dls=augmented("batch", tmp_path), cbs=FMCSRecorder(16, 4)))
+    first = weights(learn.model)
+    learn.fit(1)
+    ds, model = learn.fmcs_recorder.dataset, make_model()
+    model.load_state_dict(first); model.eval()
+    x = learn.dls.test_dl([learn.dls.train_ds.items[i] for i in ds.card["image_indices"]], bs=16).one_batch()[0].as_subclass(torch.Tensor)
+    with torch.no_grad(): want = pool_map(model.stem(x)).half()
+    torch.testing.assert_close(torch.from_numpy(np.array(ds.maps("stem", 0)[0])), want, rtol=2e-3, atol=1e-4)
+    with torch.no_grad(): model.train(); same = pool_map(model.stem(x)).half()
+    assert not torch.allclose(torch.from_numpy(np.array(ds.maps("stem", 0)[1])).float(), same.float(), atol=1e-2)
