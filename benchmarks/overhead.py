@@ -19,6 +19,7 @@ from fastai.vision.learner import vision_learner
 from fastcore.script import call_parse
 
 import fastai.callback.progress
+import fastai.callback.schedule
 from fmce_fastai import __version__
 from fmce_fastai.callback import FMCECallback
 from fmce_fastai.data import fashion_mnist_dls
@@ -63,29 +64,31 @@ def main(
     pairs: int = 2,  # Pairs of stage-1 fits
     n_train: int = 10_000,  # Training images of stage 1
     epochs: int = 5,  # Epochs of stage 1
-    blocks: int = 6,  # Pairs of blocks of steps
+    blocks: int = 6,  # Pairs of blocks of steps; 0 for none
     steps: int = 12,  # Steps in a block
     threads: int = 1,  # Torch threads
-    out: str = None,  # CSV to write
+    out: str = str(HERE),  # Folder for the CSV files, one per measure
 ):
     "Measure the cost of recording and of a RAL step, as ratios, and write a CSV"
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    path = Path(out or HERE / f"overhead_cpu_float32_torch{torch.__version__.split('+')[0]}.csv")
+    where = f"cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
     common = dict(arch="resnet18", size=64, bs=64, threads=threads, torch=torch.__version__, timm=timm.__version__, fmce_fastai=__version__, python=platform.python_version())
     rows = []
 
     def add(what, setting, a, b):
         rows.append(dict(what=what, setting=setting, plain_seconds=round(a, 3), with_seconds=round(b, 3), ratio=round(b / a, 4)) | common)
         print(rows[-1], flush=True)
-        with path.open("w", newline="") as f:
+        mine = [r for r in rows if r["what"] == what]
+        with (Path(out) / f"overhead_{what.replace(' ', '_')}_{where}").open("w", newline="") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(mine)
 
-    for a, b in zip(*step_seconds(root, blocks, steps)): add("RAL step", f"{steps} steps a block", a, b)
+    if blocks:
+        for a, b in zip(*step_seconds(root, blocks, steps)): add("RAL step", f"{steps} steps a block", a, b)
     for i in range(pairs):
         order = [None, FMCSRecorder()] if i % 2 == 0 else [FMCSRecorder(), None]
         took = {cbs is None: fit_seconds(root, n_train, epochs, cbs) for cbs in order}
         add("recording", f"{n_train} images, {epochs} epochs, 256 images at 16 snapshots", took[True], took[False])
-    for what in ("RAL step", "recording"): print(what, "median ratio", statistics.median(r["ratio"] for r in rows if r["what"] == what))
+    for what in dict.fromkeys(r["what"] for r in rows): print(what, "median ratio", statistics.median(r["ratio"] for r in rows if r["what"] == what))

@@ -33,3 +33,13 @@ def test_all_is_light_and_named():
     import fmce_fastai.all as everything
     assert {"FMCECallback", "FMCSRecorder", "fit_oracle", "digits_dls", "FMCENet", "tap_plan"} <= set(everything.__all__)
     assert not any(hasattr(getattr(everything, n), "__path__") for n in everything.__all__)
+
+
+@pytest.mark.parametrize("name", ["overhead", "oracles"])
+def test_figures_are_those_of_the_benchmarks(name):
+    sys.path.insert(0, str(ROOT / "tools"))
+    try: import figures
+    finally: sys.path.pop(0)
+    table = figures.TABLES[name]()
+    assert len(table.splitlines()) > 2, "no benchmark file was found"
+    assert table in (ROOT / "README.md").read_text(), f"python tools/figures.py prints another table:\n{table}"
