@@ -167,7 +167,7 @@ class _TemporaryFolder:
         self.path = Path(tempfile.mkdtemp(prefix='fmcs_dataset_'))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
-# %% ../nbs/03_recorder.ipynb #d5256efc
+# %% ../nbs/03_recorder.ipynb #cfc9a449
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -196,24 +196,23 @@ class FMCSRecorder(Callback):
         if not self.datasets: raise DatasetError("Nothing is recorded yet: fit a learner with this callback; after a broken-off fit call finish().")
         return self.datasets[-1]
 
-    def before_fit(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds'): self.run = False
-        else: self._end()  # an earlier fit broke off
+    def before_fit(self): self._end()  # an earlier fit broke off
 
     def before_train(self):
-        if self._live is None: self._start()
+        # `validate`, `get_preds` and kin never come here; `lr_find` does, and its steps are no run
+        if self._live is None and not hasattr(self.learn, 'lr_finder'): self._start()
 
     def before_batch(self):
         live = self._live
-        if not self.training: return
+        if live is None: return
         live['loss'],live['modes'] = None,[m.training for m in unwrap(self.model).modules()]
         if live['next'] < len(live['schedule']) and live['t'] >= live['schedule'][live['next']]: self._snapshot()
 
     def after_loss(self):
-        if self.training: self._live['loss'] = self.loss.detach()
+        if self._live is not None: self._live['loss'] = self.loss.detach()
 
     def after_batch(self):
-        if not self.training or self._live['loss'] is None: return  # a batch cancelled before its loss is no step
+        if self._live is None or self._live['loss'] is None: return  # a batch cancelled before its loss is no step
         self._live['losses'].append(self._live['loss'])
         self._live['loss'] = None
         self._live['lrs'].append(self.opt.hypers[-1]['lr'])

@@ -209,9 +209,12 @@ def test_fine_tune_start_epoch_and_accumulation(tmp_path):
     assert hook_count(learn.model) == 0
 
 
-def test_validation_and_lr_find_record_nothing():
-    learn = silent(tensor_learner(cbs=FMCSRecorder(16, 4)))
-    learn.validate(); learn.get_preds()
+# torch unpickles the weights that `lr_find` kept by NumPy's old names
+@pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
+def test_validation_and_lr_find_record_nothing(tmp_path):
+    import fastai.callback.schedule
+    learn = silent(tensor_learner(cbs=FMCSRecorder(16, 4), path=tmp_path))
+    learn.validate(); learn.get_preds(); learn.lr_find(num_it=4, show_plot=False, suggest_funcs=())
     assert not learn.fmcs_recorder.datasets and learn.fmcs_recorder._live is None
 
 
@@ -223,6 +226,14 @@ HARM = {"no card": lambda p: (p/"card.json").unlink(), "cut card": lambda p: (p/
         "cut map": lambda p: (p/"maps"/"stem.001.npy").write_bytes((p/"maps"/"stem.001.npy").read_bytes()[:-3]), "other map": lambda p: np.save(p/"maps"/"stem.001.npy", np.zeros((2, 3, 4))),
         "steps without loss": lambda p: (p/"steps.csv").write_text("a,b\n1,2\n"), "snapshots without fmcs": lambda p: (p/"snapshots.csv").write_text("step\n0\n1\n2\n3\n"),
         "map is a zip": lambda p: (np.savez(p/"z.npz", x=np.zeros(3)), (p/"z.npz").replace(p/"maps"/"stem.001.npy"))}
+
+def test_a_broken_off_prediction_does_not_silence_the_next_fit():
+    rec = FMCSRecorder(16, 4)
+    learn = tensor_learner(cbs=[rec, RaiseAt("after_pred", RuntimeError("x"))])
+    with pytest.raises(RuntimeError): learn.get_preds()
+    learn.fit(1)
+    assert rec.dataset.snapshots.step.iloc[-1] == len(learn.dls.train)
+
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
