@@ -23,7 +23,7 @@ from .losses import FMCS_LOSSES, GradientNorms, check_alpha, fmcs_loss, represen
 from .oracle import FMCENet, OracleError
 from .taps import FeatureTap, TapError
 
-# %% ../nbs/06_callback.ipynb #375cc5ac
+# %% ../nbs/06_callback.ipynb #7b33eced
 NORMS_EVERY = 8  # gradient norms are read in the first of so many steps: on an early, large map they cost more than the query
 
 class _ArmLast(Callback):
@@ -40,7 +40,9 @@ class _Column(ValueMetric):
     def value(self): return self.owner._shown(self.i) if self.owner is not None else float('nan')
     def __getstate__(self): return {**self.__dict__, 'owner':None}
 
-def class_targets(yb):
+def class_targets(
+    yb:tuple, # The batch's targets, as `learn.yb`
+) -> torch.Tensor|None: # (B,) class labels
     "The batch's targets if they are one class label per image, else None."
     y = yb[0] if len(yb) == 1 else None
     ok = isinstance(y, torch.Tensor) and y.ndim == 1 and not y.is_floating_point() and y.dtype != torch.bool
@@ -51,19 +53,19 @@ def _is_training_fit(learn):
     quiet = not getattr(learn, 'create_mbar', True) and getattr(learn.logger, '__name__', '') == 'noop'
     return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds') or quiet)
 
-# %% ../nbs/06_callback.ipynb #36dec075
+# %% ../nbs/06_callback.ipynb #54ceb66a
 class FMCECallback(Callback):
-    """Adds the alpha-weighted FMCS loss of a frozen oracle to the training loss.
+    """Trains with RAL, (1-alpha) * task loss + alpha * FMCS loss, by a frozen oracle.
 
-    Raises, before the first step, `ValueError`/`TypeError` for bad arguments, `OracleError` without an oracle or with one that does not fit, `TapError` if the network lacks one of the
+    Raises, before the first weight update, `ValueError`/`TypeError` for bad arguments, `OracleError` without an oracle or with one that does not fit, `TapError` if the network lacks one of the
     oracle's taps. `history` has one row per epoch and module."""
     order = GradientAccumulation.order-1  # before the loss is divided; inside autocast, which the oracle leaves
     run_valid = False
 
     def __init__(self,
         alpha=0.9, # Representation Abstraction Factor: a number in [0, 1], or a schedule of the share of the fit done, e.g. `SchedCos(0., 0.9)`
-        oracle:FMCENet|None=None, # The convergence oracle; it is frozen
-        taps:list|None=None, # Score only these of the oracle's taps; default all
+        oracle:FMCENet|None=None, # The convergence oracle; it is frozen and moved to the network's device
+        taps:list|None=None, # Count only these of the oracle's taps in the FMCS loss; default all
         when='auto', # Share of this fit from which RAL acts, a (start, end) pair, `'converged'`, or a callable of the Learner; `'auto'` is 0. with a fitted oracle
         fmcs_loss:str='nll', # `'nll'`: -log p(top level); `'gap'`: 1 - FMCS
         targets='auto', # `'auto'`: class labels go to the oracle where there are any; None: never

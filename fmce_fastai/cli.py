@@ -8,7 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.html.md"""
 __all__ = ['TORCHVISION', 'CommandError', 'CannotGoOn', 'check_device', 'check_arch', 'check_options', 'check_weights', 'summary',
            'train', 'fmce_train']
 
-# %% ../nbs/11_cli.ipynb #7841ed0d
+# %% ../nbs/11_cli.ipynb #60528ffd
 import difflib
 import errno
 import functools
@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from fastcore.script import call_parse, store_true
+from fastcore.script import call_parse, is_cli, store_true
 
 from . import __version__
 
@@ -374,7 +374,7 @@ def summary(
     lines += ['', 'time per stage: ' + ', '.join(f"{name} {r['seconds']:.0f} s" for name,r in stages)]
     return '\n'.join(lines)
 
-# %% ../nbs/11_cli.ipynb #f3ca1046
+# %% ../nbs/11_cli.ipynb #8d54c385
 def _out_folder(cfg):
     "The folder to write: the one asked for, else one named by data, architecture and time. It must be new, or empty."
     out = Path(cfg['out'] or Path('runs')/f"{Path(cfg['data']).resolve().name}-{cfg['arch']}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -398,6 +398,13 @@ def _resumed(folder, given):
             raise CommandError(f"{option} {v} does not go with --resume {folder}: {why}. Leave {option} out, or start a new run with --out.")
     cfg.update(changed)
     return cfg
+
+def _given(cfg):
+    "The options that were given: in a shell those on the command line, also if equal to their defaults; in Python those that differ."
+    if not is_cli(fmce_train): return {k:v for k,v in cfg.items() if v != _defaults()[k]}
+    words = {a.split('=')[0].removeprefix('--').replace('-', '_') for a in sys.argv[1:] if a.startswith('--')}
+    # argparse takes any unambiguous beginning of an option
+    return {k:v for k,v in cfg.items() if any(k.startswith(w) and w for w in words)}
 
 def _defaults(): return {k:p.default for k,p in inspect.signature(fmce_train).parameters.items() if k != 'resume'}
 
@@ -440,7 +447,7 @@ def train(
     _write_json(out/'results.json', results)
     return results
 
-# %% ../nbs/11_cli.ipynb #62f082cb
+# %% ../nbs/11_cli.ipynb #5859d3e5
 @call_parse
 def fmce_train(
     data:str='digits', # digits, mnist, fashion_mnist, cifar10, cifar100, or a folder with one subfolder per class
@@ -465,7 +472,7 @@ def fmce_train(
     seed:int=0, # Random seed
     device:str=None, # cpu, cuda, cuda:1, mps; default the best there is
     out:str=None, # New folder for the results; default runs/<data>-<arch>-<time>
-    resume:str=None, # Folder of a run that was broken off: go on from its last finished stage, with its options (stages not yet done take new ones)
+    resume:str=None, # Folder of a run that was broken off: go on from its last finished stage, with its options; for stages not yet done --alpha, --ral-epochs, --ral-lr, --oracle-epochs may change, and --device, --root
 ):
     "Train and record, fit the convergence oracle, fine-tune with RAL and plainly: FMCE-Net++ in one command"
     cfg = {k:v for k,v in locals().items() if k != 'resume'}
@@ -475,7 +482,7 @@ def fmce_train(
             from fmce_fastai.convergence import ConvergenceWarning
             warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # timm and fastai use parts of torch that it deprecates
             warnings.filterwarnings('ignore', category=ConvergenceWarning)  # said in the command's own words
-            if resume is not None: cfg = _resumed(resume, {k:v for k,v in cfg.items() if v != _defaults()[k]})
+            if resume is not None: cfg = _resumed(resume, _given(cfg))
             check_options(cfg)
             check_device(cfg['device'])
             check_arch(cfg['arch'])

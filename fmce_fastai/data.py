@@ -116,7 +116,7 @@ def as_bytes(
 # %% ../nbs/08_data.ipynb #548d327a
 MEMORY_BUDGET = 1<<30 # bytes of resized images that are kept; above it images are resized batch by batch
 
-# %% ../nbs/08_data.ipynb #29f4fc54
+# %% ../nbs/08_data.ipynb #97c0206c
 class ImageStore:
     """Images and labels in memory.
 
@@ -134,10 +134,15 @@ class ImageStore:
         self.labels,self.vocab,self.size = torch.as_tensor(labels).long(),list(vocab),size
 
     def __len__(self): return len(self.images)
-    def read(self, idxs:list) -> torch.Tensor: # Bytes, (len(idxs), 3, size, size)
+    def read(self,
+        idxs:list, # Numbers of images
+    ) -> torch.Tensor: # Bytes, (len(idxs), 3, size, size)
         "The images with the numbers `idxs`, in that order."
         return fit_square(self.images[torch.as_tensor(idxs)], self.size).expand(-1,3,-1,-1)
-    def items(self, start:int, stop:int) -> list:
+    def items(self,
+        start:int, # Number of the first image
+        stop:int, # One past the last
+    ) -> list:
         "`StoredImage`s with the numbers from `start` up to `stop`."
         return [StoredImage(self, i) for i in range(start, stop)]
 
@@ -512,14 +517,14 @@ def _tv_dls(name, size, bs, n_train, seed, root, download, **kwargs):
     cut = len(x) - max(1, len(x)*spec.n_valid//(spec.n_train+spec.n_valid))
     return array_dls((x[:cut], y[:cut]), (x[cut:], y[cut:]), test, vocab=vocab, size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)
 
-# %% ../nbs/08_data.ipynb #84d435e3
+# %% ../nbs/08_data.ipynb #2f18a8ef
 @delegates(_item_dls, but=['vocab'])
 def mnist_dls(
     size:int=32, # Side of the images, pixels (28 natively)
     bs:int=64, # Images per batch; a smaller training set makes one batch
     n_train:int=None, # Size of the stratified training subset; None: all 50,000
     seed:int=0, # Decides the training subset and the order of the batches, never the split
-    root:str=None, # Folder with the files, see above; None: fastai's data folder
+    root:str=None, # Folder with the files, plain or gzipped; None: fastai's data folder
     download:bool=False, # Download to `root` what is missing or broken there
     **kwargs
 ) -> SplitDataLoaders: # 50,000 training, 10,000 validation (the last training images), 10,000 test images, 10 classes
@@ -534,7 +539,7 @@ def fashion_mnist_dls(
     bs:int=64, # Images per batch; a smaller training set makes one batch
     n_train:int=None, # Size of the stratified training subset; None: all 50,000
     seed:int=0, # Decides the training subset and the order of the batches, never the split
-    root:str=None, # Folder with the files, see above; None: fastai's data folder
+    root:str=None, # Folder with the files, plain or gzipped; None: fastai's data folder
     download:bool=False, # Download to `root` what is missing or broken there
     **kwargs
 ) -> SplitDataLoaders: # 50,000 training, 10,000 validation (the last training images), 10,000 test images, 10 classes
@@ -549,7 +554,7 @@ def cifar10_dls(
     bs:int=64, # Images per batch; a smaller training set makes one batch
     n_train:int=None, # Size of the stratified training subset; None: all 40,000
     seed:int=0, # Decides the training subset and the order of the batches, never the split
-    root:str=None, # Folder with the files, see above; None: fastai's data folder
+    root:str=None, # Folder with the files, plain or gzipped; None: fastai's data folder
     download:bool=False, # Download to `root` what is missing or broken there
     **kwargs
 ) -> SplitDataLoaders: # 40,000 training, 10,000 validation (the last training images), 10,000 test images, 10 classes
@@ -565,7 +570,7 @@ def cifar100_dls(
     bs:int=64, # Images per batch; a smaller training set makes one batch
     n_train:int=None, # Size of the stratified training subset; None: all 40,000
     seed:int=0, # Decides the training subset and the order of the batches, never the split
-    root:str=None, # Folder with the files, see above; None: fastai's data folder
+    root:str=None, # Folder with the files, plain or gzipped; None: fastai's data folder
     download:bool=False, # Download to `root` what is missing or broken there
     **kwargs
 ) -> SplitDataLoaders: # 40,000 training, 10,000 validation (the last training images), 10,000 test images, 100 classes

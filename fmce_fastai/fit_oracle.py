@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/fit_oracle.html.md"""
 # %% auto #0
 __all__ = ['split_images', 'fit_oracle', 'score_dataset', 'judge_oracle', 'plot_calibration']
 
-# %% ../nbs/04_fit_oracle.ipynb #9e77bc5c
+# %% ../nbs/04_fit_oracle.ipynb #fbfc43f0
 from contextlib import nullcontext
 
 import numpy as np
@@ -21,7 +21,7 @@ from fastai.learner import Learner
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.optimizer import Adam
-from fastai.torch_core import no_random
+from fastai.torch_core import default_device, no_random
 from fastcore.foundation import L
 
 from . import __version__
@@ -90,7 +90,7 @@ def _channel_stats(rows, images):
         means[n],stds[n] = m.mean(-1).flatten(0,1).median(0).values,m.std(-1).flatten(0,1).median(0).values
     return means,stds
 
-# %% ../nbs/04_fit_oracle.ipynb #f00a7771
+# %% ../nbs/04_fit_oracle.ipynb #596778e0
 def fit_oracle(
     dataset:FMCSDataset, # A recorded, labelled run
     n_epochs:int|None=None, # Passes over the rows; default: enough for about 800 steps
@@ -117,7 +117,7 @@ def fit_oracle(
         oracle = FittedFMCENet(dataset.plan, dataset.card['n_levels'], width)
         oracle.set_stats(*_channel_stats(rows, train))
         dls = DataLoaders(_RowLoader(rows, rows.index(train), bs, shuffle=True), _RowLoader(rows, rows.index(held), 4*bs))
-        if device is not None: dls = dls.to(torch.device(device))
+        dls = dls.to(torch.device(default_device() if device is None else device))
         if n_epochs is None: n_epochs = int(np.clip(round(800/len(dls.train)), 4, 40))
         learn = Learner(dls, oracle, loss_func=_soft_cross_entropy, opt_func=Adam, cbs=[_MapNoise(noise), *L(cbs)])
         with nullcontext() if bar else learn.no_bar(), nullcontext() if bar else learn.no_logging(): learn.fit_one_cycle(n_epochs, lr, wd=1e-2)
@@ -128,7 +128,7 @@ def fit_oracle(
                        held_out_images=held.tolist(), scores=judged.to_dict('records'))
     return oracle
 
-# %% ../nbs/04_fit_oracle.ipynb #adcdc04f
+# %% ../nbs/04_fit_oracle.ipynb #7e6ee0d1
 @torch.no_grad()
 def score_dataset(
     oracle:FMCENet, # A fitted oracle
@@ -141,8 +141,8 @@ def score_dataset(
     images = np.arange(dataset.n_images) if images is None else np.asarray(images)
     index,out = rows.index(images),[]
     for chunk in index.split(1024):
-        s = oracle(rows.batch(chunk)[0])
-        out.append(torch.where(s.valid, s.fmcs, float('nan')))
+        s = oracle({n:m.to(oracle.levels.device) for n,m in rows.batch(chunk)[0].items()})
+        out.append(torch.where(s.valid, s.fmcs, float('nan')).cpu())
     return torch.cat(out).reshape(len(dataset), len(MODES), len(images), -1).numpy()
 
 def _judge(oracle, dataset, rows, images):

@@ -1,4 +1,4 @@
-"""See how converged each module is
+"""What the oracle reads in each module's maps, over training
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/interpret.html.md"""
 

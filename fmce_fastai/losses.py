@@ -60,7 +60,7 @@ def representation_auxiliary_loss(
     alpha = check_alpha(alpha)
     return task_loss if alpha == 0 else (1 - alpha)*task_loss + alpha*fmcs_loss
 
-# %% ../nbs/05_losses.ipynb #4f9d2e4f
+# %% ../nbs/05_losses.ipynb #7d3cd11b
 class GradientNorms:
     "Reads, in the next backward pass, the norms of the FMCS loss's direct gradient and of the rest, at each map."
     def __init__(self): self.direct,self.rest,self._pending = {},{},{}
@@ -81,7 +81,3 @@ class GradientNorms:
         view.register_hook(direct)
         fmap.register_hook(total)
         return view
-
-    def clear(self):
-        "Forget what was read, and any gradient that a broken-off backward left."
-        self.direct,self.rest,self._pending = {},{},{}

@@ -167,7 +167,7 @@ class _TemporaryFolder:
         self.path = Path(tempfile.mkdtemp(prefix='fmcs_dataset_'))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
-# %% ../nbs/03_recorder.ipynb #cfc9a449
+# %% ../nbs/03_recorder.ipynb #d882539f
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -230,7 +230,7 @@ class FMCSRecorder(Callback):
             shutil.rmtree(live['path'], ignore_errors=True)
 
     def finish(self) -> FMCSDataset:
-        "Take the last snapshot, label all of them and write the tables. Called by itself when the fit ends."
+        "Take the last snapshot, label all of them and write the tables. Called automatically when the fit ends."
         if self._live is not None and not self._live['losses']: self._end()
         if self._live is None: return self.dataset
         live = self._live

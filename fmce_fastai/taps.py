@@ -67,7 +67,7 @@ class Tap:
         if self.layout == 'NHWC': out = out.permute(0, 3, 1, 2)
         return out.clone() if self.inplace else out
 
-# %% ../nbs/01_taps.ipynb #3ff35fa1
+# %% ../nbs/01_taps.ipynb #9db216c0
 @dataclass
 class TapPlan:
     "The tapped modules of one network in the order in which they run, and how they were found."
@@ -83,7 +83,9 @@ class TapPlan:
     @property
     def channels(self): return {t.name:t.channels for t in self.taps}
 
-    def subset(self, names:list):
+    def subset(self,
+        names:list, # Names of taps
+    ):
         "The plan with only the taps in `names`."
         return replace(self, taps=[t for t in self.taps if t.name in names])
 
@@ -92,7 +94,9 @@ class TapPlan:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, d:dict):
+    def from_dict(cls,
+        d:dict, # What `to_dict` gave
+    ):
         "A plan from `to_dict()`'s values."
         taps = [Tap(**{**t, 'grid':tuple(t['grid'])}) for t in d['taps']]
         return cls(**{**d, 'taps':taps, 'probe':tuple(d['probe'])})
@@ -113,7 +117,8 @@ class TapPlan:
     ) -> dict: # Tap name -> module
         "The tapped modules of `model`; a `TapError` names those that it lacks."
         root,(_,backbone) = unwrap(model),find_backbone(model)
-        found = {t.name:_get_module(backbone, t.name) or _get_module(root, t.name) for t in self.taps}
+        found = {t.name:_get_module(backbone, t.name) for t in self.taps}
+        found = {n:_get_module(root, n) if m is None else m for n,m in found.items()}  # an empty container is false: ask for None
         missing = [n for n,m in found.items() if m is None]
         if missing: raise TapError(_no_match(missing, backbone, f"the tap plan of {self.arch}"))
         return found
@@ -177,12 +182,12 @@ def _run_probe(model, x):
     for name,(out,version) in live.items(): fired[name].inplace = out._version != version
     return fired, layers
 
-# %% ../nbs/01_taps.ipynb #636c51d4
+# %% ../nbs/01_taps.ipynb #93ac8bf6
 def _image_channels(backbone, cfg):
     "Channels of the images: `in_channels` of the first convolution, unless the images are folded into more channels before it."
     first_conv = cfg.get('first_conv')
     named = _get_module(backbone, first_conv) if isinstance(first_conv, str) else None
-    conv = named or next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
+    conv = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None) if named is None else named
     channels = getattr(conv, 'in_channels', 3)
     return channels if channels <= 16 else 3
 

@@ -62,6 +62,12 @@ def refused(capsys):
         return said
     return call
 
+def test_resume_heeds_an_option_that_equals_its_default(copy):
+    "The run has 6 epochs; 12 are the command's default, and were asked for all the same."
+    run = subprocess.run(command(resume=copy('stage1'), epochs=12), capture_output=True, text=True)
+    assert run.returncode == 1 and '--epochs 12 does not go with --resume' in run.stderr, run.stderr
+
+
 # What a run leaves -----------------------------------------------------------------------------------------------------
 
 def test_a_run_leaves_what_is_promised(finished):

@@ -141,3 +141,12 @@ def test_nan_maps_are_left_out_of_the_figures(dataset, monkeypatch):
     assert np.isnan(scores[0, :, ::3]).all() and np.isfinite(scores[1:]).all()
     spoilt = fit_oracle(dataset, **QUICK)
     assert all(torch.isfinite(p).all() for p in spoilt.parameters()) and np.isfinite([r["mae"] for r in spoilt.card["scores"]]).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_oracle_on_cuda_scores_a_data_set_alike(dataset):
+    "`FMCECallback` moves the oracle to the network's device; judging it afterwards must not fail."
+    oracle = fit_oracle(dataset, n_epochs=1, bar=False, device="cpu")
+    here = score_dataset(oracle, dataset)
+    torch.testing.assert_close(torch.tensor(score_dataset(oracle.cuda(), dataset)), torch.tensor(here), rtol=1e-3, atol=1e-3)

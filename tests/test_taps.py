@@ -225,6 +225,9 @@ def test_an_empty_container_is_a_module_too():
     tap = FeatureTap(plan).arm(model)
     model(torch.randn(1, 3, 16, 16))
     assert list(tap.take()) == ["1"]
+    # inside a wrapper, where only the backbone knows the name
+    model.feature_info = [dict(module="1", num_chs=4, reduction=1)]
+    assert list(plan.resolve(nn.Sequential(nn.Sequential(model), nn.Flatten()))) == ["1"]
 
 
 def test_wildcards_and_modules():

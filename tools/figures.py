@@ -28,9 +28,9 @@ def overhead():
 def oracles():
     "How well fitted oracles do on held-out images, last tapped module."
     rows = [[r["data"], r["arch"], f"{int(r['n_train']):,}", r["epochs"], r["last_module"],
-             f"{float(r['mae_eval']):.3f}", f"{float(r['rho_eval']):.2f}", f"{float(r['mae_train']):.3f}", f"{float(r['rho_train']):.2f}",
+             f"{float(r['mae_eval']):.3f}", f"{float(r['rho_eval']):.3f}", f"{float(r['mae_train']):.3f}", f"{float(r['rho_train']):.3f}",
              " / ".join(f"{100 * float(r['accuracy_' + k]):.1f}" for k in ("before", "plain", "ral"))] for r in rows_of("three_stages")]
-    return table(["data", "network", "images", "epochs", "last module", "MAE eval", "rho eval", "MAE train", "rho train", "accuracy before / plain / RAL, %"], rows)
+    return table(["data", "network", "images", "epochs", "last module", "MAE eval", "rho eval", "MAE train", "rho train", "test accuracy before / plain / RAL, % (one seed: no evidence)"], rows)
 
 
 TABLES = {"overhead": overhead, "oracles": oracles}
