@@ -22,7 +22,7 @@ def overhead():
     groups = {}
     for r in rows_of("overhead"): groups.setdefault((r["what"], r["setting"]), []).append(float(r["ratio"]))
     rows = [[what, setting, f"{statistics.median(v):.3f}", f"{min(v):.3f} to {max(v):.3f}", len(v)] for (what, setting), v in groups.items()]
-    return table(["what", "setting", "median ratio", "range", "pairs"], rows)
+    return table(["what", "setting", "median of time with / without", "range", "measurements"], rows)
 
 
 def oracles():
