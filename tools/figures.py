@@ -8,7 +8,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 def rows_of(stem):
     "All rows of the CSV files whose name starts with `stem`."
-    return [row for path in sorted(BENCHMARKS.glob(f"{stem}_*.csv")) for row in DictReader(path.open())]
+    return [row for path in sorted(BENCHMARKS.glob(f"{stem}_*.csv")) for row in DictReader(path.read_text(encoding="utf-8").splitlines())]
 
 
 def table(head, rows):
