@@ -75,7 +75,7 @@ def test_plan_is_timms_and_shapes_are_true(arch):
     maps, _ = maps_by_hand(model, plan.names, x)
     for t in plan: assert t.to_nchw(maps[t.name]).shape == (2, t.channels, *t.grid)
     info = {d["module"]: d["num_chs"] for d in find_backbone(model)[1].feature_info}
-    assert plan.source == "feature_info" and all(info[t.name] == t.channels for t in plan)
+    assert plan.source == "forward_intermediates" and all(info[t.name] == t.channels for t in plan)
     grids = [t.grid for t in plan]
     assert len(set(grids)) == len(grids) and grids == sorted(grids, reverse=True)
     depths = [t.depth for t in plan]
@@ -208,7 +208,7 @@ def test_a_module_that_gives_no_map():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), Flat())
     with pytest.raises(TapError, match="not a .B, C, H, W. map"): tap_plan(model, ["1"], size=16)
     tap = FeatureTap(TapPlan("x", "given", [Tap("1", 4, (7, 7), 1.)])).arm(model)
-    with pytest.raises(TapError, match="not a 4-dimensional"): model(torch.randn(1, 3, 16, 16))
+    with pytest.raises(TapError, match=r"gives \(1, 196\), but the tap .1. reads \(B, C, H, W\)"): model(torch.randn(1, 3, 16, 16))
     assert hook_count(model) == 0
     for bad, error in [("layr1", TapError), (["*9"], TapError), (3, TypeError), ([3], TypeError), ([nn.Linear(2, 2)], TapError)]:
         with pytest.raises(error): tap_plan(model, bad, size=16)
