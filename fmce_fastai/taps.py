@@ -46,7 +46,7 @@ def find_backbone(
         if getattr(module, 'feature_info', None): return name, module
     return '', model
 
-# %% ../nbs/01_taps.ipynb #423833e9
+# %% ../nbs/01_taps.ipynb #110475d3
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 def _nearest_grid(
@@ -83,20 +83,34 @@ class Tap:
         like:tuple|None=None, # (H, W) that the grid should be near to; default: that of the probe
     ) -> torch.Tensor: # (B, C, H, W), a view where possible
         "The map in the module's output as a plain tensor in (B, C, H, W)."
+        return self.arrange(self.pick(out), like)
+
+    def pick(self,
+        out, # The module's output
+    ) -> torch.Tensor: # In the module's own layout; a copy if a later layer overwrites it
+        "The tensor in the module's output."
         t = out
         for e in self.element:
             try: t = None if isinstance(t, torch.Tensor) else t[e]
             except (TypeError, LookupError) as err: raise self._unfit(out) from err
         if not isinstance(t, torch.Tensor) or t.ndim != (3 if self.layout == 'NLC' else 4): raise self._unfit(out)
-        if type(t) is not torch.Tensor: t = t.as_subclass(torch.Tensor)
-        if self.layout == 'NHWC': t = t.permute(0, 3, 1, 2)
-        elif self.layout == 'NLC': t = self._untokenise(t, like)
         return t.clone() if self.inplace else t
+
+    def arrange(self,
+        t:torch.Tensor, # What `pick` gave
+        like:tuple|None=None, # (H, W) that the grid should be near to; default: that of the probe
+    ) -> torch.Tensor: # (B, C, H, W)
+        "The tensor in (B, C, H, W), without a subclass such as fastai's `TensorImage`."
+        if type(t) is not torch.Tensor: t = t.as_subclass(torch.Tensor)
+        if self.layout == 'NHWC': return t.permute(0, 3, 1, 2)
+        return self._untokenise(t, like) if self.layout == 'NLC' else t
 
     def _untokenise(self, t, like):
         n = t.shape[1]-self.prefix
         if n < 1 or self.order and n != len(self.order): raise self._unfit(t)
-        grid = self.grid if like is None and n == math.prod(self.grid) else _nearest_grid(n, like or self.grid)
+        # The probe's number of cells where the image says another one: the network has resized the image (CrossViT), and its grid is what it was
+        resized = like is None or abs(math.log(like[0]*like[1]/n)) > 0.2
+        grid = self.grid if n == math.prod(self.grid) and resized else _nearest_grid(n, like or self.grid)
         t = t[:,self.prefix:]
         if self.order: t = t[:,torch.tensor(self.order, device=t.device)]
         return t.transpose(1, 2).unflatten(2, grid)
@@ -196,7 +210,7 @@ def _no_match(wanted, backbone, who):
     hint = f"The nearest names are {', '.join(dict.fromkeys(near))}." if near else f"Its top-level modules are {', '.join(n for n,_ in backbone.named_children())}."
     return f"{type(backbone).__name__} has no module {', '.join(map(repr, wanted))} ({who}). {hint}"
 
-# %% ../nbs/01_taps.ipynb #4d0c4fd7
+# %% ../nbs/01_taps.ipynb #4f950b29
 class FeatureTap:
     """Hands out the maps of one forward pass and leaves no hook behind.
 
@@ -233,14 +247,18 @@ class FeatureTap:
     def _reader(self, tap):
         def hook(module, args, out):
             if not self._armed: return
-            fmap = tap.to_nchw(out, self._image and self.plan.grid_near(tap, self._image))
-            if not self.keep_graph: fmap = fmap.detach()
-            self.maps[tap.name] = fmap if self.reduce is None else self.reduce(fmap)
+            t = tap.pick(out)
+            if not self.keep_graph: t = t.detach()
+            self.maps[tap.name] = t if self.reduce is None else self.reduce(self._arranged(tap, t))
         return hook
+
+    def _arranged(self, tap, t): return tap.arrange(t, self._image and self.plan.grid_near(tap, self._image))
 
     def _done(self, module, args, out):
         self._remove()
         if out is None: self.maps = {}  # the forward raised: keep no half set of maps, nor the graph behind them
+        # Not in the hooks above: an operation that saves a tensor for backward, inside a region that gradient checkpointing runs again without us, would be missed there
+        elif self.reduce is None: self.maps = {t.name:self._arranged(t, self.maps[t.name]) for t in self.plan if t.name in self.maps}
 
     def _remove(self):
         self._armed = False
