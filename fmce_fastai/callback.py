@@ -53,7 +53,7 @@ def _is_training_fit(learn):
     quiet = not getattr(learn, 'create_mbar', True) and getattr(learn.logger, '__name__', '') == 'noop'
     return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds') or quiet)
 
-# %% ../nbs/06_callback.ipynb #54ceb66a
+# %% ../nbs/06_callback.ipynb #c6e714b2
 class FMCECallback(Callback):
     """Trains with RAL, (1-alpha) * task loss + alpha * FMCS loss, by a frozen oracle.
 
@@ -102,13 +102,13 @@ class FMCECallback(Callback):
 
     def after_loss(self):
         if self._tap is None: return
-        maps = self._tap.take()
+        edges,maps = self._tap.edges(),self._tap.take()
         if not maps: self._none_arrived()
         alpha = self._effective_alpha()
         norms = GradientNorms()
         with torch.set_grad_enabled(alpha > 0):
             if alpha == 0: views = {n:m.detach() for n,m in maps.items()}
-            else: views = norms.watch(maps) if len(self._epoch) % NORMS_EVERY == 0 else maps
+            else: views = norms.watch(maps, edges) if len(self._epoch) % NORMS_EVERY == 0 else maps
             scores = self._score(views)
             counts = self._counted & torch.tensor([m.requires_grad for m in maps.values()])
             aux = fmcs_loss(scores, self.fmcs_loss, counts)

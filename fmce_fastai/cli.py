@@ -1,4 +1,4 @@
-"""`fmce_train`: the three stages from a shell
+"""`fmce_train`: the three stages from a shell; `fmce_taps`: where a network can be read
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/cli.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.html.md"""
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'CommandError', 'CannotGoOn', 'check_device', 'check_arch', 'check_options', 'check_weights', 'summary',
-           'train', 'fmce_train']
+           'train', 'fmce_train', 'fmce_taps']
 
 # %% ../nbs/11_cli.ipynb #60528ffd
 import difflib
@@ -148,14 +148,27 @@ def check_weights(
     wrong = [k for k,shape in wanted.items() if k not in given and not k.endswith('num_batches_tracked') or k in given and getattr(given[k], 'shape', None) != shape]
     if wrong: raise CommandError(f"--weights {path!r} does not fit {arch}: {len(wrong)} of its {len(wanted)} tensors are missing there or have another shape, first {wrong[0]}. Give the file that belongs to --arch.")
 
-# %% ../nbs/11_cli.ipynb #ca5a5cd2
+# %% ../nbs/11_cli.ipynb #cbb556f7
+def _timm_kwargs(arch, cfg, n_out):
+    "What `vision_learner` needs for `arch` beside its defaults: the image size it is built for, and a head that reads its layout."
+    from fmce_fastai.taps import TapError, image_size_kwargs, timm_head
+    try:
+        kwargs = image_size_kwargs(arch, cfg['size'])
+        head = timm_head(arch, n_out, **kwargs)
+    except TapError as e: raise CommandError(f"--arch {arch} at --size {cfg['size']}: {_why(e)}") from e
+    # Where fastai's own head reads the body, it stays: the same random numbers as in a plain `vision_learner`
+    return {**kwargs, **({} if head[0].layout in ('NCHW', 'NC') else dict(custom_head=head))}
+
+# %% ../nbs/11_cli.ipynb #48276a8b
 def _learner(cfg, dls, fresh=True):
     "A learner for the options; random numbers come from `seed`. Not `fresh`: its weights will be loaded over, so that none are downloaded."
     import fastai.callback.schedule  # gives Learner its `fit_one_cycle`
+    from fastai.data.transforms import get_c
     from fastai.metrics import accuracy
     from fastai.torch_core import set_seed
     from fastai.vision.learner import vision_learner
     arch,kwargs = check_arch(cfg['arch']),{}
+    if isinstance(arch, str): kwargs = _timm_kwargs(arch, cfg, get_c(dls))
     pretrained = fresh and (cfg['pretrained'] or bool(cfg['weights']))
     if fresh and cfg['weights']:
         check_weights(cfg['weights'], arch)
@@ -249,7 +262,7 @@ def _test(learn, dls):
     with learn.no_bar(): loss,acc = learn.validate(dl=dls.loaders[2] if has_test else dls.valid)
     return dict(loss=loss, accuracy=acc, images=len((dls.loaders[2] if has_test else dls.valid).dataset), split='test' if has_test else 'validation')
 
-# %% ../nbs/11_cli.ipynb #5fc3b8ec
+# %% ../nbs/11_cli.ipynb #fea8ca37
 def _stage1(cfg, out):
     "Train and record."
     from fmce_fastai.recorder import FMCSRecorder
@@ -351,7 +364,7 @@ def _run_stage(name, work, cfg, out):
     _write_json(out/f'{name}.json', result)
     return result
 
-# %% ../nbs/11_cli.ipynb #ffcd1402
+# %% ../nbs/11_cli.ipynb #e976cdd0
 def summary(
     results:dict, # What `results.json` holds
 ) -> str: # A few lines of text
@@ -374,7 +387,7 @@ def summary(
     lines += ['', 'time per stage: ' + ', '.join(f"{name} {r['seconds']:.0f} s" for name,r in stages)]
     return '\n'.join(lines)
 
-# %% ../nbs/11_cli.ipynb #8d54c385
+# %% ../nbs/11_cli.ipynb #bd6a6d51
 def _out_folder(cfg):
     "The folder to write: the one asked for, else one named by data, architecture and time. It must be new, or empty."
     out = Path(cfg['out'] or Path('runs')/f"{Path(cfg['data']).resolve().name}-{cfg['arch']}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -447,7 +460,7 @@ def train(
     _write_json(out/'results.json', results)
     return results
 
-# %% ../nbs/11_cli.ipynb #5859d3e5
+# %% ../nbs/11_cli.ipynb #b44b1c8a
 @call_parse
 def fmce_train(
     data:str='digits', # digits, mnist, fashion_mnist, cifar10, cifar100, or a folder with one subfolder per class
@@ -507,3 +520,64 @@ def fmce_train(
         print(f"fmce_train: {what}", file=sys.stderr, flush=True)
         sys.exit(130 if stopped else 1)
     print('\n' + summary(results) + f"\nEverything is in {cfg['out']}", flush=True)
+
+# %% ../nbs/11_cli.ipynb #e45e7929
+def _build_for_taps(arch, size, n_in):
+    "The network without pretrained weights, as bare as its library makes it."
+    import timm
+    from fmce_fastai.taps import image_size_kwargs
+    found = check_arch(arch)
+    if not isinstance(found, str): return found(weights=None)
+    return timm.create_model(found, pretrained=False, in_chans=n_in, **(image_size_kwargs(found, size, n_in) if size else {}))
+
+@call_parse
+def fmce_taps(
+    arch:str, # A timm name, or torchvision.<name>
+    size:int=None, # Image size in pixels; default what the network asks for, or 64
+    taps:str=None, # Names or wildcards, separated by commas; 'all' for every map that timm gives; default the last map per resolution
+    check:store_true=False, # Run a training forward and backward: which maps carry gradient, in the whole network and with a frozen body
+    n_in:int=3, # Image channels
+    json:str=None, # Also write the plan to this file
+):
+    "Print the tap plan of a network: which modules, in which layout, how deep"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore')  # of libraries, about parts of each other
+            from fmce_fastai.taps import tap_plan
+            if size is not None and size < 1: raise CommandError(f"--size is {size}; it must be at least 1.")
+            model = _build_for_taps(arch, size, n_in)
+            plan = tap_plan(model, taps if taps in (None, 'all') else taps.split(','), size=size)
+            print(_plan_text(plan))
+            if check: print('\n' + _check_text(model, plan))
+        if json: _write_json(Path(json), plan.to_dict())
+    except (Exception, KeyboardInterrupt) as e:
+        if os.environ.get('FMCE_TRACEBACK'): raise
+        print(f"fmce_taps: {'stopped by Ctrl-C' if isinstance(e, KeyboardInterrupt) else ('' if isinstance(e, (ValueError, OSError)) else type(e).__name__ + ': ') + _in_options(_why(e), ['size', 'taps', 'n_in'])}", file=sys.stderr, flush=True)
+        sys.exit(130 if isinstance(e, KeyboardInterrupt) else 1)
+
+_SOURCES = dict(forward_intermediates="timm's own maps, each traced to the module that returns it, checked by value", feature_info="the modules that timm lists; layouts told by shape",
+                stages="the stages that a probe shows; layouts told by shape", given="the modules asked for")
+
+def _plan_text(plan):
+    frame = plan.frame().drop(columns='inplace')
+    for column,blank in (('element', ''), ('prefix', 0)):
+        if (frame[column] == blank).all(): frame = frame.drop(columns=column)
+    note = f"\n{plan.note}" if plan.note else ''
+    return f"{plan.arch}, images of {'x'.join(map(str, plan.probe[2:]))}: {len(plan)} taps, found by {plan.source} ({_SOURCES[plan.source]}){note}\n\n{frame.to_string(index=False)}"
+
+def _check_text(model, plan):
+    "Two checks: all weights trainable, and a frozen body of which only norms train, as after `vision_learner(pretrained=True)`."
+    from fastai.learner import Learner
+    from fastai.torch_core import norm_types
+    from fmce_fastai.taps import check_taps, find_backbone
+    whole = check_taps(model, plan)
+    for m in find_backbone(model)[1].modules():
+        for p in m.parameters(recurse=False): p.requires_grad_(isinstance(m, norm_types))
+    frozen = check_taps(model, plan)
+    yes = lambda o: 'yes' if o else 'no'
+    import pandas as pd
+    frame = pd.DataFrame({'module':whole.module, 'gradient':whole.graph.map(yes), 'weights reached':[f'{r} of {t}' for r,t in zip(whole.reached, whole.trainable)], 'task gradient':whole.task_gradient.map('{:.2e}'.format),
+                          'frozen body':frozen.graph.map(yes), 'norms reached':[f'{r} of {t}' for r,t in zip(frozen.reached, frozen.trainable)], 'finite':(whole.not_finite == 0).map(yes)})
+    dead = [r.module for r in whole.itertuples() if not r.graph or not r.reached]
+    verdict = f"RAL can train this network through all {len(whole)} maps." if not dead else f"No gradient through {', '.join(dead)}: RAL does nothing there."
+    return f"{frame.to_string(index=False)}\n\n{verdict}\n'frozen body': does the map still carry gradient when only the body's norm layers train, as after vision_learner(pretrained=True) before unfreeze()?"

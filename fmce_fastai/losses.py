@@ -60,18 +60,19 @@ def representation_auxiliary_loss(
     alpha = check_alpha(alpha)
     return task_loss if alpha == 0 else (1 - alpha)*task_loss + alpha*fmcs_loss
 
-# %% ../nbs/05_losses.ipynb #7d3cd11b
+# %% ../nbs/05_losses.ipynb #7e1ca041
 class GradientNorms:
     "Reads, in the next backward pass, the norms of the FMCS loss's direct gradient and of the rest, at each map."
     def __init__(self): self.direct,self.rest,self._pending = {},{},{}
 
     def watch(self,
         maps:dict, # Tap name -> (B, C, H, W), with graph
+        edges:dict|None=None, # `FeatureTap.edges()`: where the rest's gradient arrives, for maps that are rearranged or copied outputs of a module
     ) -> dict: # Tap name -> view of the map, to be given to the oracle
         "Views for the oracle; maps that carry no gradient pass through."
-        return {n:self._watch(n, m) if m.requires_grad else m for n,m in maps.items()}
+        return {n:self._watch(n, m, (edges or {}).get(n)) if m.requires_grad else m for n,m in maps.items()}
 
-    def _watch(self, name, fmap):
+    def _watch(self, name, fmap, edge=None):
         view = fmap.view_as(fmap)
         def direct(g): self._pending[name] = g
         def total(g):
@@ -79,5 +80,8 @@ class GradientNorms:
             if own is None: return
             self.direct[name],self.rest[name] = own.float().norm(),(g - own).float().norm()
         view.register_hook(direct)
-        fmap.register_hook(total)
+        if edge is None: fmap.register_hook(total)
+        else:
+            node,nr,arrange = edge
+            node.register_prehook(lambda grads: None if grads[nr] is None else total(arrange(grads[nr])))
         return view

@@ -6,15 +6,17 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/taps.html.md"""
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'MAX_GRID', 'TapError', 'unwrap', 'find_backbone', 'Tap', 'TapPlan', 'FeatureTap', 'hook_count',
-           'probe_input', 'tap_plan', 'pooled_grid', 'pool_map']
+           'probe_input', 'tap_plan', 'check_taps', 'ChannelsFirst', 'timm_head', 'image_size_kwargs', 'pooled_grid',
+           'pool_map']
 
-# %% ../nbs/01_taps.ipynb #5531857c
+# %% ../nbs/01_taps.ipynb #55f1f141
 import difflib
 import math
 import re
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ def find_backbone(
         if getattr(module, 'feature_info', None): return name, module
     return '', model
 
-# %% ../nbs/01_taps.ipynb #110475d3
+# %% ../nbs/01_taps.ipynb #8a9fb8fa
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 def _nearest_grid(
@@ -83,18 +85,19 @@ class Tap:
         like:tuple|None=None, # (H, W) that the grid should be near to; default: that of the probe
     ) -> torch.Tensor: # (B, C, H, W), a view where possible
         "The map in the module's output as a plain tensor in (B, C, H, W)."
-        return self.arrange(self.pick(out), like)
+        t = self.pick(out)
+        return self.arrange(t.clone() if self.inplace else t, like)
 
     def pick(self,
         out, # The module's output
-    ) -> torch.Tensor: # In the module's own layout; a copy if a later layer overwrites it
+    ) -> torch.Tensor: # In the module's own layout
         "The tensor in the module's output."
         t = out
         for e in self.element:
             try: t = None if isinstance(t, torch.Tensor) else t[e]
             except (TypeError, LookupError) as err: raise self._unfit(out) from err
         if not isinstance(t, torch.Tensor) or t.ndim != (3 if self.layout == 'NLC' else 4): raise self._unfit(out)
-        return t.clone() if self.inplace else t
+        return t
 
     def arrange(self,
         t:torch.Tensor, # What `pick` gave
@@ -210,7 +213,7 @@ def _no_match(wanted, backbone, who):
     hint = f"The nearest names are {', '.join(dict.fromkeys(near))}." if near else f"Its top-level modules are {', '.join(n for n,_ in backbone.named_children())}."
     return f"{type(backbone).__name__} has no module {', '.join(map(repr, wanted))} ({who}). {hint}"
 
-# %% ../nbs/01_taps.ipynb #4f950b29
+# %% ../nbs/01_taps.ipynb #1709d295
 class FeatureTap:
     """Hands out the maps of one forward pass and leaves no hook behind.
 
@@ -222,7 +225,7 @@ class FeatureTap:
         reduce=None, # Applied to each (B, C, H, W) map at once, so that a later write in place cannot reach it
     ):
         self.plan,self.keep_graph,self.reduce = plan,keep_graph,reduce
-        self.maps,self._handles,self._armed,self._image = {},[],False,None
+        self.maps,self._edges,self._handles,self._armed,self._image = {},{},[],False,None
 
     def arm(self,
         model:nn.Module, # The module whose next forward is read; call it as `model(x)`
@@ -249,6 +252,8 @@ class FeatureTap:
             if not self._armed: return
             t = tap.pick(out)
             if not self.keep_graph: t = t.detach()
+            elif t.grad_fn is not None: self._edges[tap.name] = t.grad_fn,t.output_nr
+            if tap.inplace: t = t.clone()
             self.maps[tap.name] = t if self.reduce is None else self.reduce(self._arranged(tap, t))
         return hook
 
@@ -256,7 +261,7 @@ class FeatureTap:
 
     def _done(self, module, args, out):
         self._remove()
-        if out is None: self.maps = {}  # the forward raised: keep no half set of maps, nor the graph behind them
+        if out is None: self.maps,self._edges = {},{}  # the forward raised: keep no half set of maps, nor the graph behind them
         # Not in the hooks above: an operation that saves a tensor for backward, inside a region that gradient checkpointing runs again without us, would be missed there
         elif self.reduce is None: self.maps = {t.name:self._arranged(t, self.maps[t.name]) for t in self.plan if t.name in self.maps}
 
@@ -267,12 +272,18 @@ class FeatureTap:
     def detach(self):
         "Remove every hook and forget the maps."
         self._remove()
-        self.maps = {}
+        self.maps,self._edges = {},{}
 
     def take(self) -> dict: # Tap name -> (B, C, H, W), in the plan's order
         "The maps of the last forward, handed over: the tap forgets them."
-        maps,self.maps = self.maps,{}
+        maps,self.maps,self._edges = self.maps,{},{}
         return {n:maps[n] for n in self.plan.names if n in maps}
+
+    def edges(self) -> dict: # Tap name -> (autograd node, output number, function that arranges a gradient there as (B, C, H, W))
+        """Where the maps of the last forward hang in the network's graph; ask before `take`.
+
+        A map that was rearranged or copied is a side branch: the gradient that the rest of the network sends back arrives not at it but at the module's own output."""
+        return {t.name:(*self._edges[t.name], partial(t.arrange, like=self._image and self.plan.grid_near(t, self._image))) for t in self.plan if t.name in self._edges}
 
     @contextmanager
     def on(self,
@@ -285,7 +296,7 @@ class FeatureTap:
             hook.remove()
             self._remove()
 
-    def __getstate__(self): return {**self.__dict__, 'maps':{}, '_handles':[], '_armed':False}
+    def __getstate__(self): return {**self.__dict__, 'maps':{}, '_edges':{}, '_handles':[], '_armed':False}
 
 # %% ../nbs/01_taps.ipynb #498e7cef
 def hook_count(
@@ -716,7 +727,105 @@ def tap_plan(
     if key is not None: _PLANS[key] = replace(plan, taps=list(plan.taps))
     return plan
 
-# %% ../nbs/01_taps.ipynb #f17a2717
+# %% ../nbs/01_taps.ipynb #a9ca3faf
+def check_taps(
+    model:nn.Module, # Any network
+    plan:TapPlan, # Its taps
+    x:torch.Tensor|None=None, # Input (B, C, H, W), at least two images; default: noise of the plan's probe size
+): # DataFrame, one row per tap
+    """What a training step finds at each tap: does the map carry gradient (`graph`), does the network's output depend on it (`task_gradient`, the norm of the gradient of the mean square of the outputs), how many
+    of the trainable weight tensors does a loss on this map reach (`reached`, of `trainable`), and how many numbers in it are not finite (`not_finite`).
+
+    The network's weights, buffers, modes, gradients and random state are as before."""
+    import pandas as pd
+    if x is None: x = probe_input(model, tuple(plan.probe[2:]), plan.probe[1])
+    modes,buffers = [(m, m.training) for m in model.modules()],[(b, b.detach().clone()) for b in model.buffers()]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    try:
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == 'cuda' else []), torch.enable_grad():
+            model.train()
+            tap = FeatureTap(plan).arm(model)
+            out = model(x)
+            edges,maps = tap.edges(),tap.take()
+            task = sum(t.float().square().mean() for _,t in _leaves(out) if t.is_floating_point())
+            grad = lambda y, xs: torch.autograd.grad(y, xs, retain_graph=True, allow_unused=True) if y.requires_grad and xs else [None]*len(xs)
+            for t in plan:
+                m = maps.get(t.name)
+                row = dict(module=t.name, graph=m is not None and m.requires_grad, task_gradient=float('nan'), reached=0, trainable=len(weights), not_finite=-1 if m is None else int((~m.isfinite()).sum()))
+                if row['graph']:
+                    node,nr,arrange = edges[t.name]
+                    g = grad(task, [torch.autograd.graph.GradientEdge(node, nr)])[0]
+                    row['task_gradient'] = 0. if g is None else float(arrange(g).float().norm())
+                    row['reached'] = sum(g is not None and bool((g != 0).any()) for g in grad(m.float().square().mean(), weights))
+                rows.append(row)
+    finally:
+        with torch.no_grad():
+            for b,old in buffers: b.copy_(old)
+        for m,mode in modes: m.training = mode
+    return pd.DataFrame(rows)
+
+# %% ../nbs/01_taps.ipynb #72384a77
+class ChannelsFirst(nn.Module):
+    "A body's output in the form that fastai's head reads."
+    def __init__(self,
+        layout:str, # `NCHW`, `NHWC`, `NLC` or `NC` (a vector per image)
+    ):
+        super().__init__()
+        self.layout = layout
+    def forward(self, x):
+        if self.layout == 'NHWC': return x.permute(0, 3, 1, 2)
+        return x.transpose(1, 2)[...,None] if self.layout == 'NLC' else x
+    def extra_repr(self): return f"from {self.layout}"
+
+def timm_head(
+    arch:str, # A timm name
+    n_out:int, # Classes, or other outputs
+    n_in:int=3, # Image channels, as `vision_learner` gets them
+    concat_pool:bool=True, # Pool by average and maximum, else by average alone
+    lin_ftrs:list|None=None, # Sizes of the hidden layers; default [512]
+    ps=0.5, # Dropout, one probability or one per layer
+    first_bn:bool=True, # Batch norm before the first layer?
+    bn_final:bool=False, # Batch norm after the last layer?
+    lin_first:bool=False, # Layers start with the linear one?
+    y_range:tuple|None=None, # Range of a sigmoid at the end
+    **kwargs, # For `timm.create_model`, as `vision_learner` gets them, e.g. `img_size`
+) -> nn.Sequential: # For `vision_learner(..., custom_head=)`
+    """fastai's head for the body that `vision_learner` makes of `arch`, whatever the layout of its output.
+
+    Raises `TapError` for an output in no known layout, or for an `arch` that does not run on its own image size."""
+    import timm
+    from fastai.vision.learner import TimmBody, create_head
+    with torch.device('meta'): body = TimmBody(timm.create_model(arch, pretrained=False, num_classes=0, in_chans=n_in, **kwargs), False, None, n_in)
+    x,_,_ = _probe(body, body.model, None, None)
+    with _quiet_eval(body): out = body(x)
+    nf,shape = body.model.num_features,tuple(out.shape) if isinstance(out, torch.Tensor) else ()
+    nhwc = len(shape) == 4 and shape[3] == nf and (shape[1] != nf or getattr(body.model, 'output_fmt', '') == 'NHWC')
+    layout = {2:'NC', 3:'NLC', 4:'NHWC' if nhwc else 'NCHW'}.get(len(shape))
+    if layout is None or shape[{'NC':1, 'NLC':2, 'NHWC':3, 'NCHW':1}[layout]] != nf:
+        raise TapError(f"The body of {arch} gives {shape or type(out).__name__}; a head reads (B, {nf}), (B, L, {nf}), (B, H, W, {nf}) or (B, {nf}, H, W). Write a custom_head for it.")
+    return nn.Sequential(ChannelsFirst(layout), *create_head(nf, n_out, lin_ftrs, ps, pool=layout != 'NC', concat_pool=concat_pool, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range))
+
+# %% ../nbs/01_taps.ipynb #ce1adee0
+def image_size_kwargs(
+    arch:str, # A timm name
+    size:int|tuple, # Image size in pixels, an integer or (H, W)
+    n_in:int=3, # Image channels
+    **kwargs, # More for `timm.create_model`
+) -> dict: # `{}`, or `{'img_size': size}`
+    "What to give `timm.create_model`, or `vision_learner`, so that `arch` takes images of `size`. Raises `TapError` if it does not in either way."
+    import timm
+    first = None
+    for extra in ({}, dict(img_size=size)):
+        try:
+            with torch.device('meta'): model = timm.create_model(arch, pretrained=False, num_classes=2, in_chans=n_in, **extra, **kwargs)
+            _probe(model, model, None, size)
+            return extra
+        except Exception as e: first = first or e
+    if isinstance(first, TapError): raise first
+    raise TapError(f"{arch} could not be built: {type(first).__name__}: {first}") from first
+
+# %% ../nbs/01_taps.ipynb #314f2453
 MAX_GRID = 7
 
 def pooled_grid(
