@@ -465,7 +465,7 @@ def _layout_by_graph(source, fmap):
         if (axes[0] == i).all() and (axes[1] == j).all(): return l,0,()
     return None
 
-# %% ../nbs/01_taps.ipynb #ab98ea8c
+# %% ../nbs/01_taps.ipynb #521649ec
 def _hooked(name, element, fired):
     "Where to hook: down to the last child as long as a container hands on its output unchanged."
     while isinstance(fired[name].module, nn.Sequential) and len(fired[name].module):
@@ -474,9 +474,16 @@ def _hooked(name, element, fired):
         name = child
     return name
 
-def _make_tap(name, element, layout, prefix, order, channels, grid, fired, layers):
-    f,hook = fired[name],_hooked(name, element, fired)
-    return Tap(name + _spell(element), int(channels), tuple(map(int, grid)), f.layers/max(layers, 1), layout, element, prefix, order, f.inplace(element), '' if hook == name else hook)
+def _stand_in(name, backbone, fired):
+    "For a container that was bypassed, the last child, which has run in its place; `name` itself if it ran or is no container."
+    inner = name
+    while inner not in fired and isinstance(m := _get_module(backbone, inner), nn.Sequential) and len(m): inner = f'{inner}.{list(m._modules)[-1]}'
+    return inner if inner in fired else name
+
+def _make_tap(name, element, layout, prefix, order, channels, grid, fired, layers, called=None):
+    "The tap of what module `name` gave, under the name `called`."
+    f,hook,called = fired[name],_hooked(name, element, fired),called or name
+    return Tap(called + _spell(element), int(channels), tuple(map(int, grid)), f.layers/max(layers, 1), layout, element, prefix, order, f.inplace(element), '' if hook == called else hook)
 
 def _info_names(backbone):
     "Names of the modules in timm's `feature_info`, with their channels."
@@ -490,7 +497,7 @@ def _from_intermediates(backbone, x, fired, layers):
     if timm_model is None: return [], [], {}
     lead = home + '.' if home else ''
     maps,found = _timm_maps(timm_model, x)
-    named = {lead + n for n,_ in _info_names(timm_model)}
+    named = {_stand_in(lead + n, backbone, fired):lead + n for n,_ in _info_names(timm_model)}  # where it runs -> what timm calls it
     taps,known,when = [],{},{n:i for i,n in enumerate(fired)}
     for fmap,sources in zip(maps, found):
         usable = []
@@ -505,7 +512,7 @@ def _from_intermediates(backbone, x, fired, layers):
         for _,s in sorted(usable, key=lambda u: u[0]):
             layout = _layout_by_graph(s, fmap)
             if layout is None: continue
-            found_here = _make_tap(s.name, s.element, *layout, fmap.shape[1], fmap.shape[2:], fired, layers)
+            found_here = _make_tap(s.name, s.element, *layout, fmap.shape[1], fmap.shape[2:], fired, layers, named.get(s.name))
             known[s.name,s.element] = found_here
             tap = tap or found_here
         if tap is None and any(s.name in fired and _scrambled(s, fmap) for s in sources):
@@ -513,7 +520,7 @@ def _from_intermediates(backbone, x, fired, layers):
         taps.append(tap)
     return taps, [m.detach() for m in maps], known
 
-# %% ../nbs/01_taps.ipynb #d7551e36
+# %% ../nbs/01_taps.ipynb #7042af90
 def _guess(shape, image, channels=None):
     "(layout, prefix, channels, grid) of an output, told by its shape, the images' (H, W) and maybe the number of channels; None if it is no map."
     off = lambda h,w: abs(math.log(h*image[1]/(w*image[0])))
@@ -548,9 +555,13 @@ class _Chain:
     def grid(self, name): return self.map_of(name)[1][3]
 
     def kids(self, parent):
-        "Names of the children of `parent` that gave a map, in order of completion."
-        lead = parent + '.' if parent else ''
-        return [n for n in self.fired if n.startswith(lead) and n.count('.') == lead.count('.') and self.map_of(n)]
+        "Names of the modules right below `parent` that gave a map, in order of completion; a `ModuleList` between is looked through."
+        return [n for n in self.fired if self.parent(n) == parent and self.map_of(n)]
+
+    def parent(self, name):
+        name = name.rpartition('.')[0]
+        while name and name not in self.fired: name = name.rpartition('.')[0]
+        return name
 
     def stages(self, parent=''):
         "The chain below `parent`: containers that span several resolutions are opened, blocks are not."
@@ -574,12 +585,14 @@ class _Chain:
 
 def _from_stages(fired, image):
     "The chain of stages, or of blocks in a network of one resolution, as (name, element, guess)."
-    chain = _Chain(fired, image)
-    names = [n for n in chain.stages() if not chain.only_pools(n)]
+    chain,names = _Chain(fired, image),[]
+    for n in chain.stages():
+        bare = next(fired[n].module.parameters(), None) is None
+        if not chain.only_pools(n) and not (bare and names and chain.grid(n) not in map(chain.grid, names)): names.append(n)  # nor what follows a layer that only pools
     if len({chain.grid(n) for n in names}) == 1 and len(blocks := chain.blocks()) > len(names): names = blocks
     return [(n, *chain.map_of(n)) for n in names]
 
-# %% ../nbs/01_taps.ipynb #064d832e
+# %% ../nbs/01_taps.ipynb #1b37e766
 def _pattern(name): return re.compile(re.escape(name).replace(r'\*\*', '.*').replace(r'\*', '[^.]*') + r'\Z')
 
 _ELEMENT = re.compile(r'(\[[^\[\]]+\])+\Z')
@@ -612,19 +625,22 @@ def _from_given(model, backbone, given, fired, layers, image, known):
     taps,silent,flat = [],[],[]
     channels = dict(_info_names(backbone))
     by_length = {fired[n].shape(e)[1]:(t.prefix, t.grid, t.order) for (n,e),t in known.items() if t.layout == 'NLC'}
-    for name,element in _given_names(model, backbone, given):
-        if name not in fired: silent.append(name); continue
+    for called,element in _given_names(model, backbone, given):
+        name = _stand_in(called, backbone, fired)
+        if name not in fired: silent.append(called); continue
         f = fired[name]
         places = [element] if element is not None else [e for n,e in known if n == name] or list(f.outs)
-        if (name, places[0]) in known: taps.append(known[name, places[0]]); continue
+        if (name, places[0]) in known:
+            taps.append(replace(known[name, places[0]], name=called + _spell(places[0]), hook='' if (hook := _hooked(name, places[0], fired)) == called else hook))
+            continue
         hits = [(e, g) for e in places if e in f.outs and (g := _guess(f.shape(e), image, channels.get(name)))]
         if not hits:
-            flat.append(f"{name}{_spell(element or ())} gives {', '.join(str(f.shape(e)) for e in places if e in f.outs) or f'no tensor there (it has {len(f.outs)})'}")
+            flat.append(f"{called}{_spell(element or ())} gives {', '.join(str(f.shape(e)) for e in places if e in f.outs) or f'no tensor there (it has {len(f.outs)})'}")
             continue
         e,(layout,prefix,c,grid) = hits[0]
         order = ()
         if layout == 'NLC' and f.shape(e)[1] in by_length: prefix,grid,order = by_length[f.shape(e)[1]]  # like the maps that timm gives
-        taps.append(_make_tap(name, e, layout, prefix, order, c, grid, fired, layers))
+        taps.append(_make_tap(name, e, layout, prefix, order, c, grid, fired, layers, called))
     if silent: raise TapError(f"{', '.join(silent)} of {_arch_name(backbone)} gave no tensor in a forward pass. Tap a module that the network calls and that returns one tensor.")
     if flat: raise TapError(f"{', '.join(flat)}: not a (B, C, H, W) map, nor one in another layout. Tap a module that gives one.")
     return taps
@@ -665,7 +681,7 @@ def _verified(taps, maps, plan, model, x):
 
 _REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, NotImplementedError, KeyError)
 
-# %% ../nbs/01_taps.ipynb #96e9d633
+# %% ../nbs/01_taps.ipynb #a273b5b3
 def _probe(root, backbone, x, size):
     "The probe's input and what fired; a default size that the network refuses is replaced by another."
     sizes = [size] if size is not None else _probe_sizes(backbone)
@@ -723,7 +739,7 @@ def tap_plan(
     if not plan.taps: raise TapError(f"{plan.arch} has no module with a map to tap: none gives (B, C, H, W), (B, H, W, C) or (B, tokens, C) that fits an image of {image[0]}x{image[1]}. "
                                      "Name modules with `taps=`.")
     order = list(fired)
-    plan.taps = sorted({t.name:t for t in plan.taps}.values(), key=lambda t: order.index(t.module))
+    plan.taps = sorted({t.name:t for t in plan.taps}.values(), key=lambda t: order.index(t.hook or t.module))
     if key is not None: _PLANS[key] = replace(plan, taps=list(plan.taps))
     return plan
 

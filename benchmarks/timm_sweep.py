@@ -1,0 +1,279 @@
+"""Does every timm family train with recorder, fitted oracle and RAL, in a plain Learner and in `vision_learner`, with and without gradient checkpointing?
+
+    python benchmarks/timm_sweep.py [--families a,b] [--jobs 2] [--timeout 900] [--memory 12] [--retry] [--report]
+
+The smallest model of each family that is a classifier (by `timm_zoo.py`'s file), random weights, two training batches of two digits and one validation batch, each family in a process of its own.
+One row per family, route and checkpointing goes to `timm_sweep_cpu_float32_torch<version>_timm<version>.csv` as soon as it is done; rows that are there are not done again (`--retry`: but for those that failed).
+
+In each setting the same learner, from the same seed, is fitted four times: plain, with `FMCSRecorder`, with `FMCECallback(alpha=0)`, with `FMCECallback(alpha=0.9)` and an oracle fitted to the recording (its
+labels are set by hand to 0 and 1: two steps are no run that converges). A row is `ok` if all of these hold:
+`recorder_same`, `alpha0_same`: losses of both steps, weights and validation are those of the plain fit, bit by bit;
+`task_loss_same`: the task loss of RAL's first step is the plain one, bit by bit;
+`acted`: RAL acted in both steps; `reached`: weights of the backbone (of those that have a gradient) whose gradient RAL changed by more than the factor 1-alpha;
+`hooks_left`: 0 hooks after each fit. `head` is `timm_head` where `vision_learner`'s own head fails on the body. `held_out`: not among the 72 families the taps were developed with."""
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+
+import timm_zoo
+
+HERE = Path(__file__).parent
+PATH = HERE/f"timm_sweep_cpu_float32_torch{torch.__version__.split('+')[0]}_timm{timm.__version__}.csv"
+SETTINGS = [(route, ckpt) for route in ('learner', 'vision_learner') for ckpt in ('off', 'on')]
+COLUMNS = '''family model route checkpointing status params_M size held_out head source taps layouts recorder_same alpha0_same task_loss_same acted reached
+             hooks_left fmcs_loss seconds_plan seconds peak_GB error'''.split()
+ALPHA = 0.9
+
+
+# One setting ---------------------------------------------------------------------------------------------------------
+
+def image_size(name):
+    "The model's own size if it takes no other, else the smallest of a few at which a plan can be made."
+    from fmce_fastai.taps import TapError, tap_plan
+    with torch.device('meta'): model = timm.create_model(name, pretrained=False)
+    cfg = model.pretrained_cfg
+    if cfg.get('fixed_input_size'): return cfg['input_size'][-1]
+    for size in (96, 128, 160, 224, cfg['input_size'][-1]):
+        try: tap_plan(model, size=size)
+        except TapError: continue
+        return size
+    return cfg['input_size'][-1]
+
+def loaders(size):
+    from fmce_fastai.data import digits_dls
+    dls = digits_dls(size=size, bs=2, n_train=10, device=torch.device('cpu'))
+    dls.loaders[0] = dls.train.new(n=4)
+    dls.loaders[1] = dls.valid.new(n=2)
+    return dls
+
+def build(name, route, size, ckpt, head):
+    "A fresh learner; equal ones for equal arguments. `head`: with `timm_head`?"
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    from fastai.torch_core import set_seed
+    from fastai.vision.learner import vision_learner
+    from fmce_fastai.taps import find_backbone, timm_head
+    set_seed(0)
+    dls = loaders(size)
+    if route == 'learner': learn = Learner(dls, timm.create_model(name, pretrained=False, num_classes=10), loss_func=CrossEntropyLossFlat())
+    else:
+        custom = timm_head(name, 10) if head else None
+        set_seed(0)
+        learn = vision_learner(dls, name, pretrained=False, custom_head=custom)
+    if ckpt == 'on': find_backbone(learn.model)[1].set_grad_checkpointing(True)
+    return learn
+
+def supports_checkpointing(name):
+    with torch.device('meta'): model = timm.create_model(name, pretrained=False)
+    try: model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError): return False
+    return any(getattr(m, 'grad_checkpointing', False) for m in model.modules())
+
+def needs_timm_head(name, size):
+    "Does `vision_learner`'s own head fail on this body?"
+    learn = build(name, 'vision_learner', size, 'off', False)
+    try:
+        with torch.no_grad(): learn.model.eval()(learn.dls.valid.one_batch()[0])
+    except RuntimeError: return True
+    return False
+
+def fit(learn, *cbs):
+    "What two training steps and a validation leave: losses, the first step's gradients, weights, validation, hooks."
+    from fastai.callback.core import Callback
+    from fastai.torch_core import set_seed
+    from fmce_fastai.taps import hook_count
+    class Watch(Callback):
+        order,run_valid = 900,False
+        def __init__(self): self.losses,self.first = [],None
+        def after_loss(self): self.losses.append(self.loss.detach().clone())
+        def before_step(self): self.first = self.first or {n:p.grad.clone() for n,p in self.model.named_parameters() if p.grad is not None}
+    watch = Watch()
+    set_seed(1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=[watch, *cbs])
+    return dict(losses=torch.stack(watch.losses), first=watch.first, weights={k:v.clone() for k,v in learn.model.state_dict().items()},
+                valid=learn.recorder.values[-1][1:2], hooks=hook_count(learn.model))
+
+def same(a, b):
+    return torch.equal(a['losses'], b['losses']) and list(a['valid']) == list(b['valid']) and all(torch.equal(a['weights'][k], v) for k,v in b['weights'].items())
+
+def run_setting(name, route, ckpt):
+    "The row of one setting, without what is known of the family; raises what it meets."
+    import fastai.callback.progress  # gives Learner its `no_bar`
+    from fmce_fastai.callback import FMCECallback
+    from fmce_fastai.fit_oracle import fit_oracle
+    from fmce_fastai.recorder import FMCSRecorder
+    from fmce_fastai.taps import find_backbone, tap_plan
+    size = image_size(name)
+    row = dict(size=size)
+    if ckpt == 'on' and not supports_checkpointing(name): return dict(row, status='unsupported', error='timm has no gradient checkpointing for it')
+    head = route == 'vision_learner' and needs_timm_head(name, size)
+    new = lambda: build(name, route, size, ckpt, head)
+    row['head'] = ('timm_head' if head else 'fastai') if route == 'vision_learner' else ''
+    plain = fit(new())
+
+    learn = new()
+    start = time.perf_counter()
+    plan = tap_plan(learn.model, x=learn.dls.valid.one_batch()[0], cache=False)
+    row.update(seconds_plan=round(time.perf_counter()-start, 2), source=plan.source, taps=' '.join(plan.names),
+               layouts=' '.join(dict.fromkeys(t.layout + (f'+{t.prefix}' if t.prefix else '') + (' reordered' if t.order else '') + (' in tuple' if t.element else '') for t in plan)))
+    recorder = FMCSRecorder(n_images=4, n_snapshots=2)
+    recorded = fit(learn, recorder)
+    row['recorder_same'] = same(recorded, plain)
+    dataset = recorder.dataset
+    dataset.snapshots['fmcs'] = [0., 1.]
+    oracle = fit_oracle(dataset, n_epochs=1, width=8, bar=False)
+
+    nothing = fit(new(), FMCECallback(alpha=0, oracle=oracle))
+    row['alpha0_same'] = same(nothing, plain)
+    learn = new()
+    callback = FMCECallback(alpha=ALPHA, oracle=oracle)
+    ral = fit(learn, callback)
+    row['task_loss_same'] = torch.equal(ral['losses'][0], plain['losses'][0])
+    history = callback.history
+    prefix = find_backbone(learn.model)[0]
+    body = [n for n in plain['first'] if n.startswith(prefix)]
+    changed = [n for n in body if (ral['first'][n] - (1-ALPHA)*plain['first'][n]).abs().max() > 1e-3*(1-ALPHA)*plain['first'][n].abs().max()]
+    row.update(acted=int(history.acted.min()), reached=f'{len(changed)}/{len(body)}', fmcs_loss=round(float(history.fmcs_loss.mean()), 4), hooks_left=sum(f['hooks'] for f in (plain, recorded, nothing, ral)))
+    finite = all(torch.isfinite(g).all() for g in ral['first'].values())
+    faults = [n for n,bad in [('recorder changes the fit', not row['recorder_same']), ('alpha 0 changes the fit', not row['alpha0_same']), ('task loss differs', not row['task_loss_same']), ('RAL did not act', row['acted'] != 2),
+                              ('no gradient in the backbone', not changed), ('gradients not finite', not finite), ('hooks left', row['hooks_left'])] if bad]
+    return dict(row, status='failed' if faults else 'ok', error='; '.join(faults))
+
+def attempt(name, route, ckpt):
+    start = time.perf_counter()
+    try: row = run_setting(name, route, ckpt)
+    except Exception as e: row = dict(status='failed', error=f"{type(e).__name__}: {' '.join(str(e).split())[:300]} ({traceback.extract_tb(e.__traceback__)[-1].name})")
+    return dict(row, route=route, checkpointing=ckpt, seconds=round(time.perf_counter()-start, 1))
+
+
+# All families --------------------------------------------------------------------------------------------------------
+
+def known_families(): return set((HERE/'timm_families_developed_with.txt').read_text().split())
+
+def is_classifier(name):
+    "Has it a classifier, and does it run? Tried without weights."
+    try:
+        with torch.device('meta'): model = timm.create_model(name, pretrained=False, num_classes=10).eval()
+        size = model.pretrained_cfg['input_size'][-1]
+        with torch.no_grad(): out = model(torch.randn(2, 3, size, size, device='meta'))
+        return tuple(out.shape) == (2, 10)
+    except NotImplementedError: return True  # an operation without a meta kernel says nothing about the model
+    except RuntimeError as e: return 'meta' in str(e)
+    except Exception: return False
+
+def choose():
+    "Family -> its smallest classifier."
+    return {f:next((n for n in names if is_classifier(n)), None) for f,names in timm_zoo.smallest().items()}
+
+def read(): return list(csv.DictReader(PATH.open(newline=''))) if PATH.exists() else []
+
+def write(rows):
+    part = PATH.with_suffix('.part')
+    with part.open('w', newline='') as f:
+        out = csv.DictWriter(f, COLUMNS, restval='', extrasaction='ignore')
+        out.writeheader()
+        out.writerows(sorted(rows, key=lambda r: (r['family'], SETTINGS.index((r['route'], r['checkpointing'])))))
+    os.replace(part, PATH)
+
+class Child:
+    "One family's settings in a process of its own, watched for time and memory."
+    def __init__(self, family, model, settings, timeout, memory):
+        self.family,self.model,self.left,self.memory,self.peak = family,model,list(settings),memory,0.
+        self.deadline = time.time()+timeout
+        self.process = subprocess.Popen([sys.executable, __file__, '--one', model, '--settings', ','.join('/'.join(s) for s in settings)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                        env={**os.environ, 'OMP_NUM_THREADS':'1', 'MKL_NUM_THREADS':'1'})
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.text = ''
+
+    def rows(self):
+        "Finished rows since the last call; a process that ended or had to be stopped gives the reason for those that are missing."
+        why = None
+        code = self.process.poll()
+        try: self.peak = max(self.peak, int(Path(f'/proc/{self.process.pid}/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/1e9)
+        except (FileNotFoundError, ProcessLookupError, IndexError): pass
+        if code is not None: why = f'the process ended with code {code}'
+        elif time.time() > self.deadline: why = 'took too long'
+        elif self.peak > self.memory: why = f'needed more than {self.memory} GB'
+        if why and code is None: self.process.kill(); self.process.wait()
+        try: self.text += self.process.stdout.read() or ''
+        except (TypeError, ValueError): pass
+        lines = self.text.split('\n')
+        self.text = lines.pop()
+        found = [json.loads(l) for l in lines if l.startswith('{')]
+        for r in found: self.left.remove((r['route'], r['checkpointing']))
+        if why:
+            found += [dict(route=r, checkpointing=c, status='failed', error=why) for r,c in self.left]
+            self.left = []
+            self.process.stdout.close()
+        return [dict(r, family=self.family, model=self.model, peak_GB=round(self.peak, 2)) for r in found]
+
+def main(a):
+    rows = {(r['family'], r['route'], r['checkpointing']):r for r in read()}
+    chosen = choose()
+    known,zoo = known_families(),timm_zoo.read()
+    todo = []
+    for family,model in chosen.items():
+        if a.families and family not in a.families.split(','): continue
+        keep = lambda s: (r := rows.get((family, *s))) and r['model'] == model and not (a.retry and r['status'] == 'failed')
+        settings = [s for s in SETTINGS if not keep(s)]
+        if model is None: print(f'{family}: no classifier in this family', flush=True)
+        elif settings: todo.append((family, model, settings))
+    print(f"{len(chosen)} families; to do: {len(todo)}", flush=True)
+    running,start,total = [],time.time(),len(todo)
+    while todo or running:
+        while todo and len(running) < a.jobs: running.append(Child(*todo.pop(0), a.timeout, a.memory))
+        time.sleep(0.5)
+        for child in list(running):
+            new = child.rows()
+            for r in new:
+                r.update(params_M=zoo[r['model']]['params_M'], held_out=int(child.family not in known))
+                rows[r['family'], r['route'], r['checkpointing']] = r
+                print(f"{r['family']} {r['model']} {r['route']} checkpointing {r['checkpointing']}: {r['status']} {r.get('error') or ''} {r.get('seconds', '')} s", flush=True)
+            if new: write(rows.values())
+            if not child.left:
+                if child.process.poll() is None: child.process.wait()
+                if not child.process.stdout.closed: child.process.stdout.close()
+                running.remove(child)
+                done = total-len(todo)-len(running)
+                print(f"  {done} of {total} families, {(time.time()-start)/60:.1f} min, about {(time.time()-start)/60/done*(total-done):.0f} min left", flush=True)
+    report(read())
+
+def report(rows):
+    for title,part in (('all families', rows), ('families not developed with', [r for r in rows if r['held_out'] == '1'])):
+        print(f"{title}: {len({r['family'] for r in part})}")
+        for route,ckpt in SETTINGS:
+            of = [r for r in part if (r['route'], r['checkpointing']) == (route, ckpt)]
+            count = lambda s: sum(r['status'] == s for r in of)
+            print(f"  {route}, checkpointing {ckpt}: {count('ok')} ok, {count('failed')} failed, {count('unsupported')} unsupported by timm" + (f", {sum(r['head'] == 'timm_head' for r in of)} through timm_head" if route == 'vision_learner' else ''))
+    plan = sorted(float(r['seconds_plan']) for r in rows if r['seconds_plan'])
+    if plan: print(f"seconds for a plan: median {plan[len(plan)//2]:.2f}, worst {plan[-1]:.2f}; peak memory {max(float(r['peak_GB'] or 0) for r in rows):.1f} GB; {sum(float(r['seconds'] or 0) for r in rows)/60:.0f} min in all")
+    for r in rows:
+        if r['status'] == 'failed': print(f"  FAILED {r['family']} {r['model']} {r['route']} checkpointing {r['checkpointing']}: {r['error']}")
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--families', help="only these, separated by commas")
+    p.add_argument('--jobs', type=int, default=2, help="processes side by side, one thread each")
+    p.add_argument('--timeout', type=float, default=900, help="seconds for one family")
+    p.add_argument('--memory', type=float, default=10, help="GB for one process")
+    p.add_argument('--retry', action='store_true', help="do failed rows again")
+    p.add_argument('--report', action='store_true', help="print what the file holds, and stop")
+    p.add_argument('--one', help=argparse.SUPPRESS)
+    p.add_argument('--settings', help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.one:
+        warnings.filterwarnings('ignore')
+        torch.set_num_threads(1)
+        for s in a.settings.split(','): print(json.dumps(attempt(a.one, *s.split('/'))), flush=True)
+    elif a.report: report(read())
+    else: main(a)
