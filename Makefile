@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
 
-.PHONY: demo test export readme clean
+.PHONY: demo test sweep export readme clean
 
 demo: .venv/.installed
 	$(BIN)/fmce_train $(DEMO)
@@ -14,6 +14,10 @@ test: .venv/.installed
 	$(BIN)/python tools/check_export.py
 	MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 0 --timing
 	$(BIN)/python -m pytest
+
+# Every timm family, trained for two batches in four settings: under two hours on two cores
+sweep: .venv/.installed
+	$(BIN)/python benchmarks/timm_sweep.py
 
 export: .venv/.installed
 	$(BIN)/nbdev-export
