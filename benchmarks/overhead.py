@@ -1,9 +1,10 @@
-"""What recording costs in stage 1, and what a RAL step costs over a plain one, as ratios.
+"""What recording costs in stage 1, what a RAL step costs over a plain one, and what taps alone cost, as ratios.
 
     python benchmarks/overhead.py --root /usr/share/datasets/fashion-mnist
 
 Recording: the time spent in the recorder's events during a fit (reading the sample, snapshots, writing, labelling), over the rest of that fit; snapshots and steps alternate, so a
-machine that slows down slows both. RAL: the same learner's steps with and without `FMCECallback`, in blocks that alternate. timm `resnet18`, 64x64 pixels, batch 64.
+machine that slows down slows both. RAL: the same learner's steps with and without `FMCECallback`, in blocks that alternate. Taps: the time spent in arming, in the hooks and in taking the maps, over the rest of the
+steps; nothing is done with the maps. timm `resnet18`, 64x64 pixels, batch 64.
 """
 import csv
 import platform
@@ -26,7 +27,7 @@ from fmce_fastai.callback import FMCECallback
 from fmce_fastai.data import fashion_mnist_dls
 from fmce_fastai.oracle import FittedFMCENet
 from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import tap_plan
+from fmce_fastai.taps import FeatureTap, tap_plan
 
 HERE = Path(__file__).parent
 
@@ -77,6 +78,43 @@ def step_seconds(root, blocks, steps):
     return times["plain"], times["ral"]
 
 
+class TimedTap(FeatureTap):
+    "A tap that adds up the time it takes."
+    spent = 0.0
+    def _timed(self, f, *args):
+        start = time.perf_counter()
+        try: return f(*args)
+        finally: self.spent += time.perf_counter() - start
+    def arm(self, model): return self._timed(super().arm, model)
+    def take(self): return self._timed(super().take)
+    def _begin(self, *args): return self._timed(super()._begin, *args)
+    def _done(self, *args): return self._timed(super()._done, *args)
+    def _reader(self, tap):
+        hook = super()._reader(tap)
+        return lambda *args: self._timed(hook, *args)
+
+
+class TapEachStep(Callback):
+    "Reads every map of every training step, and lets go of them."
+    run_valid = False
+    def __init__(self, tap): self.tap = tap
+    def before_batch(self): self.tap.arm(self.model)
+    def after_loss(self): self.tap.take()
+
+
+def tap_seconds(root, steps):
+    "Seconds of one block of steps without and with what the taps took."
+    set_seed(0)
+    learn = vision_learner(fashion_mnist_dls(size=64, bs=64, n_train=64 * steps, root=root, device="cpu"), "resnet18", pretrained=False)
+    learn.dls.loaders[1] = learn.dls.valid.new(n=64)
+    tap, clock = TimedTap(tap_plan(learn.model)), StepClock()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=[TapEachStep(tap)])  # warms up
+        tap.spent = 0.0
+        learn.fit(1, 1e-3, cbs=[clock, TapEachStep(tap)])
+    return clock.seconds - tap.spent, clock.seconds
+
+
 @call_parse
 def main(
     root: str = "/usr/share/datasets/fashion-mnist",  # Folder with FashionMNIST's IDX files
@@ -84,6 +122,7 @@ def main(
     n_train: int = 10_000,  # Training images of stage 1
     epochs: int = 5,  # Epochs of stage 1
     blocks: int = 6,  # Pairs of blocks of steps; 0 for none
+    taps: int = 4,  # Blocks of steps with taps alone; 0 for none
     steps: int = 16,  # Steps in a block
     threads: int = 1,  # Torch threads
     out: str = str(HERE),  # Folder for the CSV files, one per measure
@@ -106,5 +145,6 @@ def main(
 
     if blocks:
         for a, b in zip(*step_seconds(root, blocks, steps)): add("RAL step", f"{steps} steps a block", a, b)
+    for _ in range(taps): add("taps alone", f"{steps} steps a block", *tap_seconds(root, steps))
     for _ in range(fits): add("recording", f"{n_train} images, {epochs} epochs, 256 images at 16 snapshots", *recording_seconds(root, n_train, epochs))
     for what in dict.fromkeys(r["what"] for r in rows): print(what, "median ratio", statistics.median(r["ratio"] for r in rows if r["what"] == what))

@@ -47,7 +47,7 @@ def gradients(model, maps): return [torch.zeros_like(p) if g is None else g for 
 def off(a, b):
     "Largest difference of two lists of tensors, over the largest value of each."
     if [t.shape for t in a] != [t.shape for t in b]: return float('inf')
-    return max((float((s-t).abs().max()/t.abs().max().clamp(min=1e-12)) for s,t in zip(a, b)), default=0.)
+    return max((float(((s-t).abs().max()/t.abs().max().clamp(min=1e-12)).detach()) for s,t in zip(a, b)), default=0.)
 
 def total_off(a, b):
     "Largest difference between two gradients of the whole network, over the largest value."
@@ -77,10 +77,10 @@ def other_images(name, model, size):
             except Exception: continue  # refused: the next shape
     return None, None
 
-def check(name, family=''):
-    "The row of one model."
+def check(name, family='', **kwargs):
+    "The row of one model, built with `kwargs`."
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, num_classes=10).eval()
+    model = timm.create_model(name, pretrained=False, num_classes=10, **kwargs).eval()
     row = dict(family=family, model=name, params_M=round(sum(p.numel() for p in model.parameters())/1e6, 2))
     start = time.perf_counter()
     default = tap_plan(model, cache=False)

@@ -53,7 +53,7 @@ def _is_training_fit(learn):
     quiet = not getattr(learn, 'create_mbar', True) and getattr(learn.logger, '__name__', '') == 'noop'
     return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds') or quiet)
 
-# %% ../nbs/06_callback.ipynb #c6e714b2
+# %% ../nbs/06_callback.ipynb #d7db3cea
 class FMCECallback(Callback):
     """Trains with RAL, (1-alpha) * task loss + alpha * FMCS loss, by a frozen oracle.
 
@@ -137,7 +137,7 @@ class FMCECallback(Callback):
     @property
     def history(self) -> pd.DataFrame:
         """One row per fit, epoch and module, over training steps: `fmcs` and `fmcs_loss` (means), `gradient_ratio` (norm of the FMCS loss's direct gradient at the map over that of
-        everything else arriving there, read in every 8th step), `alpha` (mean), `steps`, `acted`, and the steps that stayed plain by reason: `watched`, `no_gradient`, `not_valid`, `not_finite`."""
+        everything else arriving there, read in every 8th step; inf where nothing else arrives, as at a ViT's last grid tokens when its head reads the class token alone), `alpha` (mean), `steps`, `acted`, and the steps that stayed plain by reason: `watched`, `no_gradient`, `not_valid`, `not_finite`."""
         return pd.DataFrame(self._rows, columns=['fit','epoch','module','fmcs','fmcs_loss','gradient_ratio','alpha','steps','acted',*_REASONS])
 
     # Internal ------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class FMCECallback(Callback):
         why = Counter(s['why'] for s in steps)
         for j,name in enumerate(names):
             direct,rest = (sum(float(norm[name]) for norm in norms if name in norm) for norms in zip(*((s['norms'].direct, s['norms'].rest) for s in steps)))
-            self._rows.append([self._fit, int(self.epoch), name, _nanmean(fmcs[:,j]), _nanmean(loss[:,j]), direct/rest if rest > 0 else np.nan,
+            self._rows.append([self._fit, int(self.epoch), name, _nanmean(fmcs[:,j]), _nanmean(loss[:,j]), direct/rest if rest > 0 else np.inf if direct > 0 else np.nan,
                                float(np.mean([s['alpha'] for s in steps])), len(steps), why[None], *(why[r] for r in _REASONS)])
         self._last = (_nanmean(loss[:,self._counted.numpy()]), _nanmean(fmcs[:,self._counted.numpy()]), _nanmean(fmcs[:,-1]))
         self._epoch = []

@@ -378,7 +378,7 @@ def _look(model, plan, x):
         for h in handles: h.remove()
     return {n:(tap.arrange(read), t._version != version) for n,(tap,t,version,read) in seen.items()}
 
-# %% ../nbs/01_taps.ipynb #178d1ef2
+# %% ../nbs/01_taps.ipynb #e9c27d67
 def _cfg(backbone): return getattr(backbone, 'pretrained_cfg', None) or getattr(backbone, 'default_cfg', None) or {}
 
 def _image_channels(backbone):
@@ -395,7 +395,7 @@ def _probe_sizes(backbone):
     own = cfg.get('input_size', (0, 64, 64))[-2:]
     built = next((m.img_size for m in backbone.modules() if isinstance(getattr(m, 'img_size', None), (tuple, list))), None)  # `create_model(..., img_size=)`
     first = [tuple(built or own), tuple(own)] if cfg.get('fixed_input_size') else [(64, 64)]
-    return list(dict.fromkeys([*first, (128, 128), (224, 224), tuple(own)]))
+    return list(dict.fromkeys([*first, (64, 64), (128, 128), (224, 224), tuple(own), *((s, s) for s in (32, 96, 112, 160, 192, 256, 384, 448, 512))]))
 
 # %% ../nbs/01_taps.ipynb #1ceeb51f
 def probe_input(
@@ -412,7 +412,7 @@ def probe_input(
     with torch.device('cpu'): x = torch.randn(2, channels, h, w, generator=torch.Generator().manual_seed(0))
     return x if param is None else x.to(param.device, param.dtype)
 
-# %% ../nbs/01_taps.ipynb #ecefc986
+# %% ../nbs/01_taps.ipynb #7d4c71c6
 # What autograd calls operations that move numbers and do not change them
 _REARRANGE = frozenset(f'{op}Backward0' for op in ("View UnsafeView ReshapeAlias _ReshapeAlias Permute Transpose T Clone Slice Select Unsqueeze Squeeze "
     "Alias Split SplitWithSizes Unbind Expand ToCopy Narrow Index Contiguous Movedim Unfold AsStrided Unflatten Flatten Chunk").split()) | {'SqueezeBackward1', 'SqueezeBackward2'}
@@ -453,39 +453,35 @@ def _coordinates(fmap, edge):
     grids = torch.arange(1., h+1)[:,None].expand(h, w),torch.arange(1., w+1).expand(h, w)
     return [torch.autograd.grad(fmap, torch.autograd.graph.GradientEdge(*edge), g.to(fmap).expand_as(fmap).contiguous(), retain_graph=True)[0] for g in grids]
 
-def _layout_by_shape(shape, fmap_shape):
-    "(layout, prefix) of an output by its shape alone, or None."
+def _layouts_by_shape(shape, fmap_shape):
+    "Every (layout, prefix) in which an output of `shape` may be a map of `fmap_shape`."
     b,c,h,w = fmap_shape
-    if shape == (b, c, h, w): return 'NCHW',0
-    if shape == (b, h, w, c): return 'NHWC',0
-    if len(shape) == 3 and shape[0] == b and shape[2] == c and shape[1] >= h*w: return 'NLC',shape[1]-h*w
-    return None
+    fits = [('NCHW', 0)]*(shape == (b, c, h, w)) + [('NHWC', 0)]*(shape == (b, h, w, c))
+    if len(shape) == 3 and shape[0] == b and shape[2] == c and shape[1] >= h*w: fits.append(('NLC', shape[1]-h*w))
+    return fits
 
 def _scrambled(source, fmap): return fmap.device.type == 'meta' and len(source.shape) == 3 and source.turns > 1
 
 def _layout_by_graph(source, fmap):
     "(layout, prefix, order) by which `source`'s output becomes `fmap`, or None if it is none of ours."
-    guess = _layout_by_shape(source.shape, tuple(fmap.shape))
-    if guess is None: return None
-    layout,prefix = guess
-    if fmap.device.type == 'meta': return None if _scrambled(source, fmap) else (layout, prefix, ())  # no numbers to send through the graph
+    fits = _layouts_by_shape(source.shape, tuple(fmap.shape))
+    if fmap.device.type == 'meta':  # no numbers to send through the graph; a cube is NHWC if it was turned
+        return None if not fits or _scrambled(source, fmap) else (*fits[-1 if source.turns % 2 else 0], ())
     h,w = fmap.shape[2:]
-    rows,cols = _coordinates(fmap, source.edge)
-    if layout == 'NLC':
-        rows,cols = rows.long(),cols.long()
-        cell = (rows[0,:,0]-1)*w + cols[0,:,0]-1
-        if not ((rows == rows[:1,:,:1]).all() and (cols == cols[:1,:,:1]).all() and (rows[0,:prefix,0] == 0).all()): return None
-        if sorted(cell[prefix:].tolist()) != list(range(h*w)): return None
-        order = cell[prefix:].argsort().tolist()
-        return layout, prefix, () if order == list(range(h*w)) else tuple(order)
-    for shape,l in ((tuple(fmap.shape), 'NCHW'), (tuple(fmap.permute(0, 2, 3, 1).shape), 'NHWC')):
-        if source.shape != shape: continue
-        axes = (rows, cols) if l == 'NCHW' else (rows.permute(0, 3, 1, 2), cols.permute(0, 3, 1, 2))
-        i,j = (g.to(axes[0]) for g in torch.meshgrid(torch.arange(1, h+1), torch.arange(1, w+1), indexing='ij'))
-        if (axes[0] == i).all() and (axes[1] == j).all(): return l,0,()
+    rows,cols = (g.long() for g in _coordinates(fmap, source.edge)) if fits else (None, None)
+    for layout,prefix in fits:
+        if layout == 'NLC':
+            cell = (rows[0,:,0]-1)*w + cols[0,:,0]-1
+            alike = (rows == rows[:1,:,:1]).all() and (cols == cols[:1,:,:1]).all() and (rows[0,:prefix,0] == 0).all()
+            if not alike or sorted(cell[prefix:].tolist()) != list(range(h*w)): continue
+            order = cell[prefix:].argsort().tolist()
+            return layout, prefix, () if order == list(range(h*w)) else tuple(order)
+        i,j = torch.arange(1, h+1, device=rows.device)[:,None],torch.arange(1, w+1, device=rows.device)
+        if layout == 'NHWC': i,j = i[...,None],j[:,None]
+        if (rows == i).all() and (cols == j).all(): return layout,0,()
     return None
 
-# %% ../nbs/01_taps.ipynb #9f4121ae
+# %% ../nbs/01_taps.ipynb #047219a2
 def _hooked(name, element, fired):
     "Where to hook: down to the last child as long as a container hands on its output unchanged."
     while element in fired[name].handed_on: name = _last_child(name, fired[name].module)
@@ -526,10 +522,9 @@ def _by_value(root, prefix, home, x, missing):
     maps,found = {i:maps[i].detach() for i in missing},{}
     def look(name, element, t):
         for i,m in maps.items():
-            guess = _layout_by_shape(tuple(t.shape), tuple(m.shape)) if name.startswith(prefix) else None
-            if guess is None: continue
-            tap = Tap(name, m.shape[1], tuple(m.shape[2:]), 1., guess[0], prefix=guess[1])
-            if torch.allclose(tap.to_nchw(t), m, rtol=1e-4, atol=1e-6): found.setdefault(i, []).append((name.removeprefix(prefix), element, *guess))
+            for layout,before in _layouts_by_shape(tuple(t.shape), tuple(m.shape)) if name.startswith(prefix) else ():
+                tap = Tap(name, m.shape[1], tuple(m.shape[2:]), 1., layout, prefix=before)
+                if torch.allclose(tap.to_nchw(t), m, rtol=1e-4, atol=1e-6): found.setdefault(i, []).append((name.removeprefix(prefix), element, layout, before))
     _run_probe(copied, x, look)
     return found
 
@@ -547,7 +542,7 @@ def _from_intermediates(root, prefix, backbone, x, fired, layers):
             s.name = lead + s.name
             seen = fired.get(s.name)
             if seen is None or not s.last or seen.shapes.get(s.element) != s.shape: continue
-            if _layout_by_shape(s.shape, tuple(fmap.shape)) is None: continue
+            if not _layouts_by_shape(s.shape, tuple(fmap.shape)): continue
             has_weights = next(seen.module.parameters(), None) is not None
             usable.append(((s.name not in named, not has_weights, s.name.count('.'), -when[s.name], str(s.element)), s))
         tap = None
@@ -793,7 +788,7 @@ def tap_plan(
     if key is not None: _PLANS[key] = replace(plan, taps=list(plan.taps))
     return plan
 
-# %% ../nbs/01_taps.ipynb #a9ca3faf
+# %% ../nbs/01_taps.ipynb #3b5fd8d8
 def check_taps(
     model:nn.Module, # Any network
     plan:TapPlan, # Its taps
@@ -831,7 +826,7 @@ def check_taps(
         for m,mode in modes: m.training = mode
     return pd.DataFrame(rows)
 
-# %% ../nbs/01_taps.ipynb #72384a77
+# %% ../nbs/01_taps.ipynb #3eedcc75
 class ChannelsFirst(nn.Module):
     "A body's output in the form that fastai's head reads."
     def __init__(self,
@@ -872,7 +867,7 @@ def timm_head(
         raise TapError(f"The body of {arch} gives {shape or type(out).__name__}; a head reads (B, {nf}), (B, L, {nf}), (B, H, W, {nf}) or (B, {nf}, H, W). Write a custom_head for it.")
     return nn.Sequential(ChannelsFirst(layout), *create_head(nf, n_out, lin_ftrs, ps, pool=layout != 'NC', concat_pool=concat_pool, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range))
 
-# %% ../nbs/01_taps.ipynb #ce1adee0
+# %% ../nbs/01_taps.ipynb #f6e53059
 def image_size_kwargs(
     arch:str, # A timm name
     size:int|tuple, # Image size in pixels, an integer or (H, W)
@@ -891,7 +886,7 @@ def image_size_kwargs(
     if isinstance(first, TapError): raise first
     raise TapError(f"{arch} could not be built: {type(first).__name__}: {first}") from first
 
-# %% ../nbs/01_taps.ipynb #314f2453
+# %% ../nbs/01_taps.ipynb #ea2c83b9
 MAX_GRID = 7
 
 def pooled_grid(
