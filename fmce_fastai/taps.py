@@ -6,10 +6,11 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/taps.html.md"""
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'MAX_GRID', 'TapError', 'unwrap', 'find_backbone', 'Tap', 'TapPlan', 'FeatureTap', 'hook_count',
-           'probe_input', 'tap_plan', 'check_taps', 'ChannelsFirst', 'timm_head', 'image_size_kwargs', 'pooled_grid',
-           'pool_map']
+           'probe_input', 'redraw', 'tap_plan', 'check_taps', 'ChannelsFirst', 'timm_head', 'image_size_kwargs',
+           'pooled_grid', 'pool_map']
 
-# %% ../nbs/01_taps.ipynb #55f1f141
+# %% ../nbs/01_taps.ipynb #3f02d161
+import copy
 import difflib
 import math
 import re
@@ -465,7 +466,7 @@ def _layout_by_graph(source, fmap):
         if (axes[0] == i).all() and (axes[1] == j).all(): return l,0,()
     return None
 
-# %% ../nbs/01_taps.ipynb #521649ec
+# %% ../nbs/01_taps.ipynb #dd7499f6
 def _hooked(name, element, fired):
     "Where to hook: down to the last child as long as a container hands on its output unchanged."
     while isinstance(fired[name].module, nn.Sequential) and len(fired[name].module):
@@ -491,7 +492,35 @@ def _info_names(backbone):
     info = info if isinstance(info, (list, tuple)) else getattr(info, 'info', ())
     return [(d['module'], d.get('num_chs')) for d in info or () if isinstance(d, dict) and d.get('module')]
 
-def _from_intermediates(backbone, x, fired, layers):
+def redraw(
+    model:nn.Module, # A network; it is changed
+    seed:int=0, # Which numbers
+) -> nn.Module: # The same network
+    "Draw every norm weight, bias, layer scale and residual gate of `model` anew, from 0.5 to 1.5: at initialisation many are 0 or 1, and whole blocks identities."
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.numel() == max(p.shape, default=1): p.copy_(torch.rand(p.shape, generator=gen)+0.5)
+    return model
+
+def _by_value(root, prefix, home, x, missing):
+    "For those of timm's maps that the graph joins to no module, the modules whose output equals them, in a redrawn copy of the network: index of the map -> [(name, element, layout, prefix)]."
+    copied = redraw(copy.deepcopy(root))
+    fired,_ = _run_probe(copied, x)
+    maps,_ = _timm_maps(copied.get_submodule(prefix + home), x)
+    found = {}
+    for i in missing:
+        sums = maps[i].detach().double().sum()
+        for n,f in fired.items():
+            if not n.startswith(prefix): continue
+            for e,t in f.outs.items():
+                guess = _layout_by_shape(tuple(t.shape), tuple(maps[i].shape))
+                if guess is None or f.inplace(e) or guess[1] == 0 and not torch.isclose(t.double().sum(), sums, rtol=1e-4): continue
+                tap = Tap(n, maps[i].shape[1], tuple(maps[i].shape[2:]), 1., guess[0], prefix=guess[1])
+                if torch.allclose(tap.to_nchw(t), maps[i].detach(), rtol=1e-4, atol=1e-6): found.setdefault(i, []).append((n.removeprefix(prefix), e, *guess))
+    return found
+
+def _from_intermediates(root, prefix, backbone, x, fired, layers):
     "A tap for each of timm's maps (None where no module returns it), the maps themselves, and every module output that is one of them."
     home,timm_model = next(((n, m) for n,m in backbone.named_modules() if hasattr(m, 'forward_intermediates')), ('', None))
     if timm_model is None: return [], [], {}
@@ -518,6 +547,15 @@ def _from_intermediates(backbone, x, fired, layers):
         if tap is None and any(s.name in fired and _scrambled(s, fmap) for s in sources):
             raise TapError(f"The tokens of {next(s.name for s in sources if s.name in fired and _scrambled(s, fmap))} may be in an order of their own, which only numbers can tell: the meta device has none. Make the plan on another device.")
         taps.append(tap)
+    missing = [i for i,t in enumerate(taps) if t is None]
+    if missing and maps[0].device.type == 'meta':  # no values: the module that timm names, if its output has the map's shape
+        equal = {i:[(n, (), 'NCHW', 0) for n in named if n in fired and fired[n].outs.get(()) is not None and fired[n].shape() == tuple(maps[i].shape)] for i in missing}
+    else: equal = _by_value(root, prefix, home, x, missing) if missing else {}
+    for i,hits in equal.items():
+        hits = [(n not in named, next(fired[n].module.parameters(), None) is None, n.count('.'), -when[n], str(e), n, e, layout, pre) for n,e,layout,pre in hits if n in fired and e in fired[n].outs]
+        if hits:
+            *_,n,e,layout,pre = min(hits)
+            taps[i] = known[n,e] = _make_tap(n, e, layout, pre, (), maps[i].shape[1], maps[i].shape[2:], fired, layers, named.get(n))
     return taps, [m.detach() for m in maps], known
 
 # %% ../nbs/01_taps.ipynb #7042af90
@@ -681,7 +719,7 @@ def _verified(taps, maps, plan, model, x):
 
 _REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, NotImplementedError, KeyError)
 
-# %% ../nbs/01_taps.ipynb #a273b5b3
+# %% ../nbs/01_taps.ipynb #c016cc42
 def _probe(root, backbone, x, size):
     "The probe's input and what fired; a default size that the network refuses is replaced by another."
     sizes = [size] if size is not None else _probe_sizes(backbone)
@@ -721,7 +759,7 @@ def tap_plan(
     fired = {n.removeprefix(prefix + '.') if prefix else n:f for n,f in fired.items() if n.startswith(prefix + '.' if prefix else '')}
     plan = TapPlan(_arch_name(backbone), 'forward_intermediates', [], tuple(x.shape))
     try:
-        timm_taps,maps,known = _from_intermediates(backbone, x, fired, layers)
+        timm_taps,maps,known = _from_intermediates(root, prefix + '.' if prefix else '', backbone, x, fired, layers)
         if timm_taps: timm_taps = _verified(timm_taps, maps, plan, root, x)
         if timm_taps and not any(timm_taps): plan.note = "forward_intermediates gives maps that no module returns"
     except TapError: raise
