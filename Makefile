@@ -1,11 +1,14 @@
 # Two commands matter: `make demo` (the three stages on real images) and `make test` (every test).
 # Each makes .venv on first use, or reuses it. PYTHON=python3.12 picks the interpreter,
+# `make sweep` trains the smallest network of every timm family and writes benchmarks/timm_sweep_*.csv (an hour or two;
+# it goes on where it was stopped; SWEEP="--families resnet,eva --jobs 1" passes options).
 # DEMO="--data fashion_mnist --root DIR" passes options to the demo.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
+SWEEP ?=
 
-.PHONY: demo test export readme clean
+.PHONY: demo test export readme sweep clean
 
 demo: .venv/.installed
 	$(BIN)/fmce_train $(DEMO)
@@ -18,6 +21,9 @@ test: .venv/.installed
 export: .venv/.installed
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/build_readme.py
+
+sweep: .venv/.installed
+	$(BIN)/python benchmarks/timm_sweep.py $(SWEEP)
 
 .venv/.installed: settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

@@ -320,6 +320,11 @@ def report(rows):
             print(f"  {route}, checkpointing {ckpt}: {count('ok')} ok, {count('failed')} failed, {count('unsupported')} unsupported by timm" + (f", {sum(r['head'] == 'timm_head' for r in of)} through timm_head" if route == 'vision_learner' else ''))
     plan = sorted(float(r['seconds_plan']) for r in rows if r['seconds_plan'])
     if plan: print(f"seconds for a plan: median {plan[len(plan)//2]:.2f}, worst {plan[-1]:.2f}; peak memory {max(float(r['peak_GB'] or 0) for r in rows):.1f} GB; {sum(float(r['seconds'] or 0) for r in rows)/60:.0f} min in all")
+    seconds = {f:sum(float(r['seconds'] or 0) for r in rows if r['family'] == f) for f in dict.fromkeys(r['family'] for r in rows)}
+    print("slowest:", ', '.join(f'{f} {seconds[f]:.0f} s' for f in sorted(seconds, key=seconds.get, reverse=True)[:8]))
+    # A family counts as done with all four rows
+    if missing := sorted(f for f in set(map(timm_zoo.family_of, timm.list_models())) if sum(r['family'] == f for r in rows) < len(SETTINGS)):
+        print(f"{len(missing)} families are not done: {' '.join(missing)}")
     for r in rows:
         if r['status'] == 'failed': print(f"  FAILED {r['family']} {r['model']} {r['route']} checkpointing {r['checkpointing']}: {r['error']}")
 
