@@ -17,6 +17,7 @@ import csv
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -293,22 +294,26 @@ def main(a):
         elif settings: todo.append((family, model, settings))
     print(f"{len(chosen)} families; to do: {len(todo)}", flush=True)
     running,start,total = [],time.time(),len(todo)
-    while todo or running:
-        while todo and len(running) < a.jobs: running.append(Child(*todo.pop(0), a.timeout, a.memory))
-        time.sleep(0.5)
-        for child in list(running):
-            new = child.rows()
-            for r in new:
-                r.update(params_M=zoo[r['model']]['params_M'], held_out=int(child.family not in known))
-                rows[r['family'], r['route'], r['checkpointing']] = r
-                print(f"{r['family']} {r['model']} {r['route']} checkpointing {r['checkpointing']}: {r['status']} {r.get('error') or ''} {r.get('seconds', '')} s", flush=True)
-            if new: write(rows.values(), a.out)
-            if not child.left:
-                if child.process.poll() is None: child.process.wait()
-                if not child.process.stdout.closed: child.process.stdout.close()
-                running.remove(child)
-                done = total-len(todo)-len(running)
-                print(f"  {done} of {total} families, {(time.time()-start)/60:.1f} min, about {(time.time()-start)/60/done*(total-done):.0f} min left", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))  # through `finally`, like Ctrl-C
+    try:
+        while todo or running:
+            while todo and len(running) < a.jobs: running.append(Child(*todo.pop(0), a.timeout, a.memory))
+            time.sleep(0.5)
+            for child in list(running):
+                new = child.rows()
+                for r in new:
+                    r.update(params_M=zoo[r['model']]['params_M'], held_out=int(child.family not in known))
+                    rows[r['family'], r['route'], r['checkpointing']] = r
+                    print(f"{r['family']} {r['model']} {r['route']} checkpointing {r['checkpointing']}: {r['status']} {r.get('error') or ''} {r.get('seconds', '')} s", flush=True)
+                if new: write(rows.values(), a.out)
+                if not child.left:
+                    if child.process.poll() is None: child.process.wait()
+                    if not child.process.stdout.closed: child.process.stdout.close()
+                    running.remove(child)
+                    done = total-len(todo)-len(running)
+                    print(f"  {done} of {total} families, {(time.time()-start)/60:.1f} min, about {(time.time()-start)/60/done*(total-done):.0f} min left", flush=True)
+    finally:
+        for child in running: child.process.kill()
     report(read(a.out))
 
 def report(rows):
