@@ -1,14 +1,12 @@
 # Two commands matter: `make demo` (the three stages on real images) and `make test` (every test).
 # Each makes .venv on first use, or reuses it. PYTHON=python3.12 picks the interpreter,
-# `make sweep` trains the smallest network of every timm family and writes benchmarks/timm_sweep_*.csv (an hour or two;
-# it goes on where it was stopped; SWEEP="--families resnet,eva --jobs 1" passes options).
 # DEMO="--data fashion_mnist --root DIR" passes options to the demo.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
 SWEEP ?=
 
-.PHONY: demo test export readme sweep clean
+.PHONY: demo test sweep export readme clean
 
 demo: .venv/.installed
 	$(BIN)/fmce_train $(DEMO)
@@ -18,12 +16,13 @@ test: .venv/.installed
 	MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 0 --timing
 	$(BIN)/python -m pytest
 
+# Every timm family, trained for two batches in four settings: under two hours on two cores. It goes on where it was stopped; SWEEP="--families resnet,eva --jobs 1" passes options.
+sweep: .venv/.installed
+	$(BIN)/python benchmarks/timm_sweep.py $(SWEEP)
+
 export: .venv/.installed
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/build_readme.py
-
-sweep: .venv/.installed
-	$(BIN)/python benchmarks/timm_sweep.py $(SWEEP)
 
 .venv/.installed: settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

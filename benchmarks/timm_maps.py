@@ -36,7 +36,7 @@ def read_tap(model, plan, x):
     model(x)
     return list(tap.take().values())
 
-def read_timm(model, plan_size, x):
+def read_timm(model, x):
     "timm's own maps."
     return model.forward_intermediates(x, output_fmt='NCHW', intermediates_only=True)
 
@@ -53,10 +53,9 @@ def total_off(a, b):
     "Largest difference between two gradients of the whole network, over the largest value."
     return float(max((s-t).abs().max() for s,t in zip(a, b))/max(t.abs().max() for t in b))
 
-def match(plan, maps, model, x):
-    "timm's maps in the order of `plan`'s taps: where two have one shape, the nearest one by value."
-    got = read_tap(model, plan, x)
-    return got,[min((m for m in maps if m.shape == g.shape), key=lambda m: float((m-g).abs().max())) for g in got]
+def match(got, maps):
+    "timm's maps in the order of the taps' maps `got`: where several have one shape, the nearest one by value."
+    return [min((m for m in maps if m.shape == g.shape), key=lambda m: float((m-g).detach().abs().max())) for g in got]
 
 def redraw(model):
     "Draw every norm, layer scale and residual gate anew: at initialisation many of them make a block an identity."
@@ -89,17 +88,20 @@ def check(name, family=''):
                layouts=' '.join(dict.fromkeys(t.layout + (f'+{t.prefix}' if t.prefix else '') + (' reordered' if t.order else '') + (' in tuple' if t.element else '') for t in default)))
     size = default.probe[2:]
     plan = tap_plan(model, 'all', size=size, cache=False)
-    x = images(size)
-    maps = read_timm(model, size, x)
-    got,want = match(plan, maps, model, x)
-    row.update(maps=len(maps), taps=len(plan), error=off(got, want))
-    row['gradient_error'] = total_off(gradients(model, got), gradients(model, want))
+    x = images(size, 1 if row['params_M'] > 300 else 2)  # one graph at a time, and a small one for the largest: this machine's memory
+    got = read_tap(model, plan, x)
+    got_gradients,got = gradients(model, got),[g.detach() for g in got]
+    maps = read_timm(model, x)
+    want = match(got, maps)
+    row.update(maps=len(maps), taps=len(plan), error=off(got, want), gradient_error=total_off(got_gradients, gradients(model, want)))
+    del maps, want, got, got_gradients
     other,shape = other_images(name, model, size)
     if other is None: row['other_size'] = 'refused'
     else:
-        x2 = images(shape)
+        x2 = images(shape, len(x))
         p2 = plan if not any(t.order for t in plan) else tap_plan(other, 'all', size=shape)
-        row.update(other_size='x'.join(map(str, shape)), other_error=off(*match(p2, read_timm(other, shape, x2), other, x2)))
+        with torch.no_grad(): got = read_tap(other, p2, x2)
+        with torch.no_grad(): row.update(other_size='x'.join(map(str, shape)), other_error=off(got, match(got, read_timm(other, x2))))
     row['redrawn'] = same_plan(plan, tap_plan(redraw(copy.deepcopy(model)), 'all', size=size, cache=False))
     row['checkpointing'] = checkpointed(model, plan, x)
     row['hooks_left'] = hook_count(model)
@@ -119,7 +121,8 @@ def checkpointed(model, plan, x):
         torch.manual_seed(3)
         maps = read_tap(m, plan, x)
         if len(maps) < len(plan): return f'{len(plan)-len(maps)} of {len(plan)} maps missing'
-        found.append((maps, gradients(m, maps)))
+        found.append(([t.detach() for t in maps], gradients(m, maps)))
+        del m, maps
     return 'same' if off(found[1][0], found[0][0]) < 1e-4 and total_off(found[1][1], found[0][1]) < 1e-3 else f'differs by {off(found[1][0], found[0][0]):.1e}, gradients {total_off(found[1][1], found[0][1]):.1e}'
 
 def read(): return list(csv.DictReader(PATH.open(newline=''))) if PATH.exists() else []

@@ -9,11 +9,12 @@ __all__ = ['LAYOUTS', 'MAX_GRID', 'TapError', 'unwrap', 'find_backbone', 'Tap', 
            'probe_input', 'redraw', 'tap_plan', 'check_taps', 'ChannelsFirst', 'timm_head', 'image_size_kwargs',
            'pooled_grid', 'pool_map']
 
-# %% ../nbs/01_taps.ipynb #3f02d161
+# %% ../nbs/01_taps.ipynb #df3f973d
 import copy
 import difflib
 import math
 import re
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -307,18 +308,16 @@ def hook_count(
     kinds = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks')
     return sum(len(getattr(m, k, ()) or ()) for m in model.modules() for k in kinds)
 
-# %% ../nbs/01_taps.ipynb #291840c6
+# %% ../nbs/01_taps.ipynb #6b357ecf
 @dataclass
 class _Fired:
     "What the probe saw of one module at its last call."
     module:nn.Module # The module
-    outs:dict        # Element -> output tensor
+    shapes:dict      # Element -> shape of the output tensor there
     seen_in:tuple    # Shape of its first tensor input, or ()
     layers:int       # Layers with weights of their own that had run by then
-    versions:dict    # Element -> how often the output had been written to by then
-
-    def shape(self, element=()): return tuple(self.outs[element].shape)
-    def inplace(self, element): return self.outs[element]._version != self.versions[element]
+    handed_on:set    # Elements that a container got from its last child and handed on as they were
+    refs:dict        # Element -> weak reference to the output: a probe must not keep every output of a large network alive
 
 @contextmanager
 def _quiet_eval(model):
@@ -344,22 +343,42 @@ def _watching(model, see):
 
 def _first_tensor(args): return next((a for a in args if isinstance(a, torch.Tensor)), None)
 
-def _run_probe(model, x):
-    "Every submodule of `model` that gave a tensor for the input `x`, by name, in order of completion; and the number of layers with weights."
+def _last_child(name, module): return f'{name}.{list(module._modules)[-1]}' if isinstance(module, nn.Sequential) and len(module) else None
+
+def _run_probe(model, x, look=lambda name, element, tensor: None):
+    """Every submodule of `model` that gave a tensor for the input `x`, by name, in order of completion; and the number of layers with weights. `look` sees each output as it comes."""
     fired,layers = {},0
     def see(name, module, args, out):
         nonlocal layers
         outs = dict(_leaves(out))
         if not outs: return
+        for e,t in outs.items(): look(name, e, t)
         # Layers of the body only: a classifier's outputs, (B, C), are no maps
         if max(t.ndim for t in outs.values()) > 2 and next(module.parameters(recurse=False), None) is not None: layers += 1
         arg = _first_tensor(args)
         fired.pop(name, None)  # a module that runs twice counts where it ran last
-        fired[name] = _Fired(module, outs, tuple(arg.shape) if arg is not None else (), layers, {e:t._version for e,t in outs.items()})
+        child = fired.get(_last_child(name, module))
+        handed_on = {e for e,t in outs.items() if child and e in child.refs and child.refs[e]() is t}
+        fired[name] = _Fired(module, {e:tuple(t.shape) for e,t in outs.items()}, tuple(arg.shape) if arg is not None else (), layers, handed_on, {e:weakref.ref(t) for e,t in outs.items()})
     with _watching(model, see), _quiet_eval(model): model(x)
     return fired, layers
 
-# %% ../nbs/01_taps.ipynb #7c414c98
+def _look(model, plan, x):
+    "What each tap of `plan` reads in an ordinary forward, and whether it is overwritten later: name -> (map, overwritten)."
+    seen,handles,modules = {},[],plan.resolve(model)
+    def reader(tap):
+        def hook(module, args, out):
+            t = tap.pick(out)
+            seen[tap.name] = tap,t,t._version,t.clone()
+        return hook
+    try:
+        for tap in plan: handles.append(modules[tap.name].register_forward_hook(reader(tap)))
+        with _quiet_eval(model): model(x)
+    finally:
+        for h in handles: h.remove()
+    return {n:(tap.arrange(read), t._version != version) for n,(tap,t,version,read) in seen.items()}
+
+# %% ../nbs/01_taps.ipynb #178d1ef2
 def _cfg(backbone): return getattr(backbone, 'pretrained_cfg', None) or getattr(backbone, 'default_cfg', None) or {}
 
 def _image_channels(backbone):
@@ -376,7 +395,7 @@ def _probe_sizes(backbone):
     own = cfg.get('input_size', (0, 64, 64))[-2:]
     built = next((m.img_size for m in backbone.modules() if isinstance(getattr(m, 'img_size', None), (tuple, list))), None)  # `create_model(..., img_size=)`
     first = [tuple(built or own), tuple(own)] if cfg.get('fixed_input_size') else [(64, 64)]
-    return list(dict.fromkeys([*first, (128, 128), tuple(own), (224, 224)]))
+    return list(dict.fromkeys([*first, (128, 128), (224, 224), tuple(own)]))
 
 # %% ../nbs/01_taps.ipynb #1ceeb51f
 def probe_input(
@@ -466,25 +485,22 @@ def _layout_by_graph(source, fmap):
         if (axes[0] == i).all() and (axes[1] == j).all(): return l,0,()
     return None
 
-# %% ../nbs/01_taps.ipynb #dd7499f6
+# %% ../nbs/01_taps.ipynb #9f4121ae
 def _hooked(name, element, fired):
     "Where to hook: down to the last child as long as a container hands on its output unchanged."
-    while isinstance(fired[name].module, nn.Sequential) and len(fired[name].module):
-        child = f'{name}.{list(fired[name].module._modules)[-1]}'
-        if child not in fired or fired[child].outs.get(element) is not fired[name].outs[element]: break
-        name = child
+    while element in fired[name].handed_on: name = _last_child(name, fired[name].module)
     return name
 
 def _stand_in(name, backbone, fired):
     "For a container that was bypassed, the last child, which has run in its place; `name` itself if it ran or is no container."
     inner = name
-    while inner not in fired and isinstance(m := _get_module(backbone, inner), nn.Sequential) and len(m): inner = f'{inner}.{list(m._modules)[-1]}'
-    return inner if inner in fired else name
+    while inner is not None and inner not in fired: inner = _last_child(inner, _get_module(backbone, inner))
+    return inner or name
 
 def _make_tap(name, element, layout, prefix, order, channels, grid, fired, layers, called=None):
     "The tap of what module `name` gave, under the name `called`."
     f,hook,called = fired[name],_hooked(name, element, fired),called or name
-    return Tap(called + _spell(element), int(channels), tuple(map(int, grid)), f.layers/max(layers, 1), layout, element, prefix, order, f.inplace(element), '' if hook == called else hook)
+    return Tap(called + _spell(element), int(channels), tuple(map(int, grid)), f.layers/max(layers, 1), layout, element, prefix, order, hook='' if hook == called else hook)
 
 def _info_names(backbone):
     "Names of the modules in timm's `feature_info`, with their channels."
@@ -506,18 +522,15 @@ def redraw(
 def _by_value(root, prefix, home, x, missing):
     "For those of timm's maps that the graph joins to no module, the modules whose output equals them, in a redrawn copy of the network: index of the map -> [(name, element, layout, prefix)]."
     copied = redraw(copy.deepcopy(root))
-    fired,_ = _run_probe(copied, x)
     maps,_ = _timm_maps(copied.get_submodule(prefix + home), x)
-    found = {}
-    for i in missing:
-        sums = maps[i].detach().double().sum()
-        for n,f in fired.items():
-            if not n.startswith(prefix): continue
-            for e,t in f.outs.items():
-                guess = _layout_by_shape(tuple(t.shape), tuple(maps[i].shape))
-                if guess is None or f.inplace(e) or guess[1] == 0 and not torch.isclose(t.double().sum(), sums, rtol=1e-4): continue
-                tap = Tap(n, maps[i].shape[1], tuple(maps[i].shape[2:]), 1., guess[0], prefix=guess[1])
-                if torch.allclose(tap.to_nchw(t), maps[i].detach(), rtol=1e-4, atol=1e-6): found.setdefault(i, []).append((n.removeprefix(prefix), e, *guess))
+    maps,found = {i:maps[i].detach() for i in missing},{}
+    def look(name, element, t):
+        for i,m in maps.items():
+            guess = _layout_by_shape(tuple(t.shape), tuple(m.shape)) if name.startswith(prefix) else None
+            if guess is None: continue
+            tap = Tap(name, m.shape[1], tuple(m.shape[2:]), 1., guess[0], prefix=guess[1])
+            if torch.allclose(tap.to_nchw(t), m, rtol=1e-4, atol=1e-6): found.setdefault(i, []).append((name.removeprefix(prefix), element, *guess))
+    _run_probe(copied, x, look)
     return found
 
 def _from_intermediates(root, prefix, backbone, x, fired, layers):
@@ -533,7 +546,7 @@ def _from_intermediates(root, prefix, backbone, x, fired, layers):
         for s in sources:
             s.name = lead + s.name
             seen = fired.get(s.name)
-            if seen is None or not s.last or s.element not in seen.outs or seen.shape(s.element) != s.shape: continue
+            if seen is None or not s.last or seen.shapes.get(s.element) != s.shape: continue
             if _layout_by_shape(s.shape, tuple(fmap.shape)) is None: continue
             has_weights = next(seen.module.parameters(), None) is not None
             usable.append(((s.name not in named, not has_weights, s.name.count('.'), -when[s.name], str(s.element)), s))
@@ -549,16 +562,16 @@ def _from_intermediates(root, prefix, backbone, x, fired, layers):
         taps.append(tap)
     missing = [i for i,t in enumerate(taps) if t is None]
     if missing and maps[0].device.type == 'meta':  # no values: the module that timm names, if its output has the map's shape
-        equal = {i:[(n, (), 'NCHW', 0) for n in named if n in fired and fired[n].outs.get(()) is not None and fired[n].shape() == tuple(maps[i].shape)] for i in missing}
+        equal = {i:[(n, (), 'NCHW', 0) for n in named if n in fired and fired[n].shapes.get(()) == tuple(maps[i].shape)] for i in missing}
     else: equal = _by_value(root, prefix, home, x, missing) if missing else {}
     for i,hits in equal.items():
-        hits = [(n not in named, next(fired[n].module.parameters(), None) is None, n.count('.'), -when[n], str(e), n, e, layout, pre) for n,e,layout,pre in hits if n in fired and e in fired[n].outs]
+        hits = [(n not in named, next(fired[n].module.parameters(), None) is None, n.count('.'), -when[n], str(e), n, e, layout, pre) for n,e,layout,pre in hits if n in fired and e in fired[n].shapes]
         if hits:
             *_,n,e,layout,pre = min(hits)
             taps[i] = known[n,e] = _make_tap(n, e, layout, pre, (), maps[i].shape[1], maps[i].shape[2:], fired, layers, named.get(n))
     return taps, [m.detach() for m in maps], known
 
-# %% ../nbs/01_taps.ipynb #7042af90
+# %% ../nbs/01_taps.ipynb #8d559c7f
 def _guess(shape, image, channels=None):
     "(layout, prefix, channels, grid) of an output, told by its shape, the images' (H, W) and maybe the number of channels; None if it is no map."
     off = lambda h,w: abs(math.log(h*image[1]/(w*image[0])))
@@ -574,7 +587,7 @@ def _guess(shape, image, channels=None):
 
 def _first_map(f, image, channels=None):
     "(element, what `_guess` says) of the first map in what a module gave, or None."
-    return next(((e, g) for e in f.outs if (g := _guess(f.shape(e), image, channels))), None)
+    return next(((e, g) for e,shape in f.shapes.items() if (g := _guess(shape, image, channels))), None)
 
 def _from_feature_info(backbone, fired, image):
     "What timm's `feature_info` lists, as (name, element, guess)."
@@ -617,7 +630,7 @@ class _Chain:
         "The longest run of siblings of one class and one output shape."
         groups = {}
         for n,f in self.fired.items():
-            if self.map_of(n): groups.setdefault((n.rpartition('.')[0], type(f.module), next(iter(f.outs.values())).shape), []).append(n)
+            if self.map_of(n): groups.setdefault((n.rpartition('.')[0], type(f.module), next(iter(f.shapes.values()))), []).append(n)
         runs = [g for (_,cls,_),g in groups.items() if any(m is not f for f in [self.fired[g[0]].module] for m in f.modules())]  # blocks, not bare layers
         return max(runs, key=len, default=[])
 
@@ -630,7 +643,7 @@ def _from_stages(fired, image):
     if len({chain.grid(n) for n in names}) == 1 and len(blocks := chain.blocks()) > len(names): names = blocks
     return [(n, *chain.map_of(n)) for n in names]
 
-# %% ../nbs/01_taps.ipynb #1b37e766
+# %% ../nbs/01_taps.ipynb #70c121ca
 def _pattern(name): return re.compile(re.escape(name).replace(r'\*\*', '.*').replace(r'\*', '[^.]*') + r'\Z')
 
 _ELEMENT = re.compile(r'(\[[^\[\]]+\])+\Z')
@@ -662,28 +675,28 @@ def _from_given(model, backbone, given, fired, layers, image, known):
     "Taps for what the user asked for, in what timm's maps or the shapes say about them."
     taps,silent,flat = [],[],[]
     channels = dict(_info_names(backbone))
-    by_length = {fired[n].shape(e)[1]:(t.prefix, t.grid, t.order) for (n,e),t in known.items() if t.layout == 'NLC'}
+    by_length = {fired[n].shapes[e][1]:(t.prefix, t.grid, t.order) for (n,e),t in known.items() if t.layout == 'NLC'}
     for called,element in _given_names(model, backbone, given):
         name = _stand_in(called, backbone, fired)
         if name not in fired: silent.append(called); continue
         f = fired[name]
-        places = [element] if element is not None else [e for n,e in known if n == name] or list(f.outs)
+        places = [element] if element is not None else [e for n,e in known if n == name] or list(f.shapes)
         if (name, places[0]) in known:
             taps.append(replace(known[name, places[0]], name=called + _spell(places[0]), hook='' if (hook := _hooked(name, places[0], fired)) == called else hook))
             continue
-        hits = [(e, g) for e in places if e in f.outs and (g := _guess(f.shape(e), image, channels.get(name)))]
+        hits = [(e, g) for e in places if e in f.shapes and (g := _guess(f.shapes[e], image, channels.get(name)))]
         if not hits:
-            flat.append(f"{called}{_spell(element or ())} gives {', '.join(str(f.shape(e)) for e in places if e in f.outs) or f'no tensor there (it has {len(f.outs)})'}")
+            flat.append(f"{called}{_spell(element or ())} gives {', '.join(str(f.shapes[e]) for e in places if e in f.shapes) or f'no tensor there (it has {len(f.shapes)})'}")
             continue
         e,(layout,prefix,c,grid) = hits[0]
         order = ()
-        if layout == 'NLC' and f.shape(e)[1] in by_length: prefix,grid,order = by_length[f.shape(e)[1]]  # like the maps that timm gives
+        if layout == 'NLC' and f.shapes[e][1] in by_length: prefix,grid,order = by_length[f.shapes[e][1]]  # like the maps that timm gives
         taps.append(_make_tap(name, e, layout, prefix, order, c, grid, fired, layers, called))
     if silent: raise TapError(f"{', '.join(silent)} of {_arch_name(backbone)} gave no tensor in a forward pass. Tap a module that the network calls and that returns one tensor.")
     if flat: raise TapError(f"{', '.join(flat)}: not a (B, C, H, W) map, nor one in another layout. Tap a module that gives one.")
     return taps
 
-# %% ../nbs/01_taps.ipynb #2ace90c4
+# %% ../nbs/01_taps.ipynb #f3e44415
 def _arch_name(backbone): return _cfg(backbone).get('architecture') or type(backbone).__name__
 
 def _default(
@@ -710,16 +723,13 @@ _PLANS = {} # plans made in this process
 
 def _verified(taps, maps, plan, model, x):
     "Those of `taps` that hand out timm's maps, by value, in an ordinary forward; None in place of the others."
-    pairs = [(t, m) for t,m in zip(taps, maps) if t is not None]
-    tap = FeatureTap(replace(plan, taps=list({t.name:t for t,_ in pairs}.values())), keep_graph=False)
-    with _quiet_eval(model), tap.on(model): model(x)
-    got = tap.take()
+    got = _look(model, replace(plan, taps=list({t.name:t for t in taps if t is not None}.values())), x)
     same = lambda a,b: a.shape == b.shape and (a.device.type == 'meta' or torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4*float(b.float().abs().max())+1e-12, equal_nan=True))
-    return [t if t is not None and t.name in got and same(got[t.name], m) else None for t,m in zip(taps, maps)]
+    return [replace(t, inplace=got[t.name][1]) if t is not None and t.name in got and same(got[t.name][0], m) else None for t,m in zip(taps, maps)]
 
 _REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, NotImplementedError, KeyError)
 
-# %% ../nbs/01_taps.ipynb #c016cc42
+# %% ../nbs/01_taps.ipynb #a095cfbf
 def _probe(root, backbone, x, size):
     "The probe's input and what fired; a default size that the network refuses is replaced by another."
     sizes = [size] if size is not None else _probe_sizes(backbone)
@@ -764,7 +774,6 @@ def tap_plan(
         if timm_taps and not any(timm_taps): plan.note = "forward_intermediates gives maps that no module returns"
     except TapError: raise
     except _REFUSALS as e: timm_taps,known,plan.note = [],{},f"forward_intermediates failed: {str(e).strip() or type(e).__name__}"
-    if known: known = {k:t for k,t in known.items() if t.name in {u.name for u in timm_taps if u} or t.layout == 'NLC'}
     good = list({t.name:t for t in timm_taps if t}.values())
     if taps is None or isinstance(taps, str) and taps == 'all':
         if good: plan.taps = good if taps else _default(good, [t.grid for t in good])
@@ -776,6 +785,9 @@ def tap_plan(
     else: plan.source,plan.taps = 'given',_from_given(model, backbone, taps, fired, layers, image, known)
     if not plan.taps: raise TapError(f"{plan.arch} has no module with a map to tap: none gives (B, C, H, W), (B, H, W, C) or (B, tokens, C) that fits an image of {image[0]}x{image[1]}. "
                                      "Name modules with `taps=`.")
+    if plan.source != 'forward_intermediates':
+        seen = _look(root, plan, x)
+        plan.taps = [replace(t, inplace=seen[t.name][1]) for t in plan.taps]
     order = list(fired)
     plan.taps = sorted({t.name:t for t in plan.taps}.values(), key=lambda t: order.index(t.hook or t.module))
     if key is not None: _PLANS[key] = replace(plan, taps=list(plan.taps))
