@@ -1,6 +1,6 @@
 """Does every timm family train with recorder, fitted oracle and RAL, in a plain Learner and in `vision_learner`, with and without gradient checkpointing?
 
-    python benchmarks/timm_sweep.py [--families a,b] [--jobs 2] [--timeout 900] [--memory 10] [--retry] [--out FILE] [--report]
+    python benchmarks/timm_sweep.py [--families a,b] [--jobs 2] [--timeout 900] [--memory 12] [--retry] [--out FILE] [--report]
 
 The smallest model of each family that is a classifier (by `timm_zoo.py`'s file), random weights, two training batches of two digits and one validation batch, each family in a process of its own.
 One row per family, route and checkpointing goes to `timm_sweep_cpu_float32_torch<version>_timm<version>.csv` as soon as it is done; rows that are there are not done again (`--retry`: but for those that failed).
@@ -41,6 +41,7 @@ import fastai.callback.progress  # gives Learner its `no_bar`
 from fmce_fastai.callback import FMCECallback
 from fmce_fastai.data import digits_dls
 from fmce_fastai.fit_oracle import fit_oracle
+from fmce_fastai.oracle import tensors_sha256
 from fmce_fastai.recorder import FMCSRecorder
 from fmce_fastai.taps import TapError, find_backbone, hook_count, tap_plan, timm_head
 
@@ -62,7 +63,7 @@ def image_size(name):
     with torch.device('meta'): model = timm.create_model(name, pretrained=False)
     cfg = model.pretrained_cfg
     if cfg.get('fixed_input_size'): return cfg['input_size'][-1]
-    for size in (96, 128, 160, 224, cfg['input_size'][-1]):
+    for size in (96, 112, 128, 160, 224, cfg['input_size'][-1]):
         try: tap_plan(model, size=size)
         except TapError: continue
         return size
@@ -125,35 +126,36 @@ def watching_gradients(oracle):
     finally: handle.remove()
 
 class Watch(Callback):
-    "The task losses of all steps and the gradients of the first."
+    "The task losses of all steps, and what `read` makes of the first step's gradients."
     order,run_valid = 900,False
-    def __init__(self): self.losses,self.first = [],None
+    def __init__(self, read): self.losses,self.read,self.first = [],read,None
     def after_loss(self): self.losses.append(self.loss.detach().clone())
-    def before_step(self): self.first = self.first or {n:p.grad.clone() for n,p in self.model.named_parameters() if p.grad is not None}
+    def before_step(self):
+        if self.read is not None: self.first,self.read = self.read({n:p.grad for n,p in self.model.named_parameters() if p.grad is not None}),None
 
-def fit(learn, *cbs):
-    "What two training steps and a validation leave: losses, the first step's gradients, weights (the network's own), validation, hooks, calls of checkpoint."
-    watch = Watch()
+def fit(learn, *cbs, read=None):
+    "What two training steps and a validation leave: losses, the gradients as `read`, sum over the weights, validation, hooks, calls of checkpoint. No tensor of the network's size: the largest has 412M weights."
+    watch = Watch(read)
     set_seed(1)
     with learn.no_bar(), learn.no_logging():
         with counting_checkpoints() as calls: learn.fit(1, 1e-4, cbs=[watch, *cbs])
         table,hooks = learn.recorder.values[-1],hook_count(learn.model)
         after = learn.validate()
-    learn.opt = None  # twice the weights; with a network of 100M parameters memory is short
-    learn.model.zero_grad()
-    return dict(losses=torch.stack(watch.losses), first=watch.first, weights=learn.model.state_dict(), valid=table[1:2], values=(len(table), len(after)), checkpoints=len(calls), hooks=hooks)
+    return dict(losses=torch.stack(watch.losses), first=watch.first, weights=tensors_sha256(learn.model.state_dict()), valid=list(table[1:2]), values=(len(table), len(after)), checkpoints=len(calls), hooks=hooks)
 
-def same(a, b):
-    return torch.equal(a['losses'], b['losses']) and list(a['valid']) == list(b['valid']) and all(torch.equal(a['weights'][k], v) for k,v in b['weights'].items())
+def same(a, b): return torch.equal(a['losses'], b['losses']) and a['valid'] == b['valid'] and a['weights'] == b['weights']
 
 def layouts(plan):
     "The layouts among a plan's taps, with prefix tokens and what else is special."
     return ' '.join(dict.fromkeys(t.layout + (f'+{t.prefix}' if t.prefix else '') + (' reordered' if t.order else '') + (' in tuple' if t.element else '') for t in plan))
 
-def reached(ral, plain, prefix):
-    "Weights of the backbone whose gradient is not just the scaled plain one, and those that have a gradient."
-    body = [n for n in plain['first'] if n.startswith(prefix)]
-    return [n for n in body if (ral['first'][n] - (1-ALPHA)*plain['first'][n]).abs().max() > 1e-3*(1-ALPHA)*plain['first'][n].abs().max()], body
+def compare(plain, prefix):
+    "Reads RAL's gradients: those of the backbone's that are not just the scaled plain ones, all of the backbone's, and are they finite?"
+    def read(grads):
+        body = [n for n in plain if n.startswith(prefix)]
+        changed = [n for n in body if (grads[n] - (1-ALPHA)*plain[n]).abs().max() > 1e-3*(1-ALPHA)*plain[n].abs().max()]
+        return changed, body, all(bool(g.isfinite().all()) for g in grads.values())
+    return read
 
 def run_setting(name, route, ckpt):
     "The row of one setting, without what is known of the family; raises what it meets."
@@ -167,25 +169,21 @@ def run_setting(name, route, ckpt):
     plan = tap_plan(learn.model, x=learn.dls.valid.one_batch()[0], cache=False)
     row.update(seconds_plan=round(time.perf_counter()-start, 2), source=plan.source, layouts=layouts(plan), maps=' '.join(f"{t.name}:{t.channels}x{'x'.join(map(str, t.grid))}" for t in plan))
     prefix,fits = find_backbone(learn.model)[0],[]
-    def run(*cbs):
-        "One of the four fits. Of the others than the plain one only what is small is kept in `fits`."
-        gc.collect()
-        fits.append(fit(build(name, route, size, ckpt, head), *cbs))
+    def run(*cbs, **kwargs):
+        gc.collect()  # the network of the fit before
+        fits.append(fit(build(name, route, size, ckpt, head), *cbs, **kwargs))
         return fits[-1]
-    def forget(): fits[-1] = {k:v for k,v in fits[-1].items() if k not in ('first', 'weights')}
     del learn
-    plain = run()
+    plain = run(read=lambda grads: {n:g.clone() for n,g in grads.items()})
     recorder = FMCSRecorder(n_images=4, n_snapshots=2)
     row['recorder_same'] = same(run(recorder), plain)
-    forget()
     dataset = recorder.dataset
     dataset.snapshots['fmcs'] = [0., 1.]
     oracle = fit_oracle(dataset, n_epochs=1, width=8, bar=False)
     row['alpha0_same'] = same(run(FMCECallback(alpha=0, oracle=oracle)), plain)
-    forget()
     callback = FMCECallback(alpha=ALPHA, oracle=oracle)
-    with watching_gradients(oracle) as norms: ral = run(callback)
-    history,(changed,body) = callback.history,reached(ral, plain, prefix)
+    with watching_gradients(oracle) as norms: ral = run(callback, read=compare(plain['first'], prefix))
+    history,(changed,body,finite) = callback.history,ral['first']
     silent = [n for n in plan.names if not 0 < norms.get(n, 0.) < float('inf')]
     row.update(task_loss_same=torch.equal(ral['losses'][0], plain['losses'][0]), acted=int(history.acted.min()), gradients=f'{len(plan)-len(silent)}/{len(plan)}', reached=f'{len(changed)}/{len(body)}',
                fmcs_loss=round(float(history.fmcs_loss.mean()), 4), checkpoints=plain['checkpoints'], hooks_left=sum(f['hooks'] for f in fits),
@@ -193,7 +191,7 @@ def run_setting(name, route, ckpt):
                validated=[f['values'] for f in fits] == [(2, 1), (2, 1), (5, 1), (5, 1)])
     faults = [text for text,bad in [('the recorder changes the fit', not row['recorder_same']), ('alpha 0 changes the fit', not row['alpha0_same']), ('the task loss differs', not row['task_loss_same']),
                                     ('RAL did not act in both steps', row['acted'] != 2), (f"no FMCS gradient at {', '.join(silent)}", silent), ('no gradient in the backbone', not changed),
-                                    ('gradients not finite', not all(g.isfinite().all() for g in ral['first'].values())), ('another number of validation values', not row['validated']),
+                                    ('gradients not finite', not finite), ('another number of validation values', not row['validated']),
                                     ('checkpointing is not what was asked for', (row['checkpoints'] > 0) != (ckpt == 'on')), ('hooks left', row['hooks_left'])] if bad]
     return dict(row, status='failed' if faults else 'ok', error='; '.join(faults))
 
@@ -338,7 +336,7 @@ if __name__ == '__main__':
     p.add_argument('--families', help="only these, separated by commas")
     p.add_argument('--jobs', type=int, default=2, help="processes side by side, one thread each")
     p.add_argument('--timeout', type=float, default=900, help="seconds for one family")
-    p.add_argument('--memory', type=float, default=10, help="GB for one process")
+    p.add_argument('--memory', type=float, default=12, help="GB for one process")
     p.add_argument('--retry', action='store_true', help="do failed rows again")
     p.add_argument('--out', type=Path, default=PATH, help="file to write")
     p.add_argument('--report', action='store_true', help="print what the file holds, and stop")
