@@ -8,7 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.html.md"""
 __all__ = ['TORCHVISION', 'CommandError', 'CannotGoOn', 'check_device', 'check_arch', 'check_options', 'check_weights', 'summary',
            'train', 'fmce_train', 'fmce_taps']
 
-# %% ../nbs/11_cli.ipynb #60528ffd
+# %% ../nbs/11_cli.ipynb #70f6bbcc
 import difflib
 import errno
 import functools
@@ -23,7 +23,7 @@ import sys
 import textwrap
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from fastcore.script import call_parse, is_cli, store_true
 
 from . import __version__
 
-# %% ../nbs/11_cli.ipynb #8449ed49
+# %% ../nbs/11_cli.ipynb #5738152c
 class CommandError(ValueError):
     "Something is wrong with the options or with what they point to; the message says what."
 
@@ -66,7 +66,8 @@ def _writing(path):
         full = isinstance(e, RuntimeError) or e.errno in _FULL
         raise CommandError(f"could not write {path}: " + ("the disk is full, or a file may not grow further. Free some space" if full else f"{e.strerror or e}. Make the folder writable")
                            + ", then go on; or choose another --out.") from e
-    finally: part.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): part.unlink(missing_ok=True)
 
 def _write_json(path, values):
     with _writing(path) as part: part.write_text(json.dumps(values, indent=1, default=float), encoding='utf-8')

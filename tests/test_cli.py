@@ -1,4 +1,4 @@
-"The command `fmce_train`: what it leaves, what it says when something is wrong, and that a broken run goes on to the same figures."
+"The commands. `fmce_train`: what it leaves, what it says when something is wrong, and that a broken run goes on to the same figures."
 import csv
 import json
 import os
@@ -202,7 +202,7 @@ def test_a_full_disk_while_recording(tmp_path, refused):
     (dict(device='cuda:99'), 'cpu'), (dict(device='tpu'), 'cpu'), (dict(n_train=5), '--n-train 5 leaves'), (dict(n_train=10**6), 'at most 1197'), (dict(seed=-1), '--seed -1'),
     (dict(bs=1), '--bs is 1'), (dict(size=0), '--size is 0'), (dict(lr=float('nan')), '--lr is nan'), (dict(epochs=2), 'Give --epochs 3 or more'), (dict(n_train=10), 'Give --epochs 17 or more'),
     (dict(cut=-1), '--cut goes with torchvision'), (dict(cut=-50, arch='torchvision.resnet18'), 'could not be built'), (dict(weights='nowhere.pth'), 'no such file'),
-    (dict(weights='x', arch='torchvision.resnet18'), '--weights goes with timm'), (dict(arch='vit_tiny_patch16_224'), 'at --size 32'), (dict(root='x'), 'takes no root'), (dict(download=True), 'Leave it out'),
+    (dict(weights='x', arch='torchvision.resnet18'), '--weights goes with timm'), (dict(arch='levit_128s', size=8), 'at --size 8'), (dict(root='x'), 'takes no root'), (dict(download=True), 'Leave it out'),
     (dict(data='fashion_mnist', root='nowhere'), 'train-images-idx3-ubyte'), (dict(out='/dev/null'), 'already exists'), (dict(out='/dev/null/x'), 'cannot be made')])
 def test_wrong_options_are_one_line_and_leave_nothing(bad, part, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -266,3 +266,48 @@ def test_a_run_that_learns_nothing_keeps_its_network(refused, tmp_path):
     said = refused(**{**TINY, 'bs':8, 'epochs':4}, data=tmp_path/'d', out=tmp_path/'o', lr=1e-8, lines=2)
     assert 'cannot be scored' in said and 'Start again in a new --out' in said and 'Kept in' in said
     assert (tmp_path/'o/stage1.safetensors').exists()
+
+# Networks that are made for one image size, or need another head -------------------------------------------------------
+
+@pytest.mark.parametrize('arch,layout', [('swin_tiny_patch4_window7_224', 'NHWC'), ('vit_tiny_patch16_224', 'NC'), ('resnet10t', None)])
+def test_the_learner_is_built_for_the_size_and_the_layout(arch, layout):
+    import inspect
+    cfg = {**{k:p.default for k,p in inspect.signature(cli.fmce_train).parameters.items()}, **TINY, 'arch':arch, 'size':32, 'n_train':50, 'device':'cpu'}
+    learn = cli._learner(cfg, cli._data(cfg))
+    assert type(learn.model[1][0]).__name__ == ('ChannelsFirst' if layout == 'NHWC' else 'AdaptiveConcatPool2d' if layout is None else 'BatchNorm1d')
+    assert learn.model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+# fmce_taps -------------------------------------------------------------------------------------------------------------
+
+def taps(capsys, **options):
+    code = 0
+    try: cli.fmce_taps(**options)
+    except SystemExit as e: code = e.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+@pytest.mark.parametrize('options,parts', [(dict(arch='test_resnet'), ['5 taps, found by forward_intermediates', 'layer4', 'NCHW']), (dict(arch='test_vit', taps='all', size=64), ['6 taps', 'NLC', '4x4']),
+    (dict(arch='crossvit_tiny_240'), ['[1]', '2 taps']), (dict(arch='test_mambaout', n_in=1), ['NHWC']), (dict(arch='torchvision.resnet18'), ['found by stages', 'layer4']),
+    (dict(arch='test_resnet', taps='layer*,act1'), ['found by given', 'act1'])])
+def test_taps_prints_the_plan(options, parts, capsys):
+    code, out, err = taps(capsys, **options)
+    assert (code, err) == (0, '') and all(p in out for p in parts), out
+
+def test_taps_checks_gradient(capsys):
+    _, out, _ = taps(capsys, arch='test_vit', size=64, check=True)
+    rows = [l.split() for l in out.splitlines() if l.startswith('blocks') or ' blocks.' in l][-4:]
+    assert [r[1] for r in rows] == ['yes']*4 and 'RAL can train this network through all 4 maps.' in out
+    reached = [int(r[2]) for r in rows]
+    assert reached == sorted(reached) and reached[0] > 0
+
+def test_taps_writes_the_plan(capsys, tmp_path):
+    from fmce_fastai.taps import TapPlan, tap_plan
+    assert taps(capsys, arch='test_resnet', json=str(tmp_path/'plan.json'))[0] == 0
+    assert TapPlan.from_dict(json.loads((tmp_path/'plan.json').read_text())) == tap_plan(timm.create_model('test_resnet'))
+
+@pytest.mark.parametrize('options,part', [(dict(arch='test_vot'), 'Near it: test_vit'), (dict(arch='levit_128s', size=8), 'does not run on an input of shape (2, 3, 8, 8)'), (dict(arch='test_resnet', size=0), '--size is 0'),
+    (dict(arch='test_resnet', taps='layer5'), 'The nearest names are layer4'), (dict(arch='test_resnet', taps='fc'), 'not a (B, C, H, W) map'), (dict(arch='torchvision.nope'), 'not known'),
+    (dict(arch='test_resnet', json='/dev/null/x.json'), 'could not write')])
+def test_taps_mistakes_are_one_line(options, part, capsys):
+    code, _, err = taps(capsys, **options)
+    assert code == 1 and part in err and len(err.strip().splitlines()) == 1 and err.startswith('fmce_taps: '), err
