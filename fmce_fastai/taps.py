@@ -691,7 +691,7 @@ def _from_given(model, backbone, given, fired, layers, image, known):
     if flat: raise TapError(f"{', '.join(flat)}: not a (B, C, H, W) map, nor one in another layout. Tap a module that gives one.")
     return taps
 
-# %% ../nbs/01_taps.ipynb #f3e44415
+# %% ../nbs/01_taps.ipynb #f995911b
 def _arch_name(backbone): return _cfg(backbone).get('architecture') or type(backbone).__name__
 
 def _default(
@@ -707,11 +707,18 @@ def _default(
     if len(last) > 1 or len(found) <= n_isotropic: return list(last.values()) if len(last) > 1 else found
     return [found[-(-(i+1)*len(found)//n_isotropic)-1] for i in range(n_isotropic)]
 
-def _fingerprint(backbone, x, taps):
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+
+def _is_setting(v):
+    "Is `v` a plain value, or a container of them?"
+    if isinstance(v, (list, tuple, set, frozenset)): return all(map(_is_setting, v))
+    if isinstance(v, dict): return all(map(_is_setting, v.values()))
+    return v is None or type(v) in (int, float, str, bool)
+
+def _fingerprint(root, x, taps):
     "What a plan depends on: the modules, their settings and the shapes of their weights, not the weights."
-    plain = (int, float, str, bool, tuple, type(None))
-    parts = [(n, type(m).__qualname__, tuple((k, v) for k,v in vars(m).items() if k != 'training' and type(v) in plain), tuple((k, tuple(p.shape)) for k,p in m._parameters.items() if p is not None))
-             for n,m in backbone.named_modules()]
+    parts = [(n, type(m).__qualname__, [(k, v) for k,v in vars(m).items() if k not in _TORCHS_OWN and _is_setting(v)], [(k, tuple(p.shape)) for k,p in m._parameters.items() if p is not None])
+             for n,m in root.named_modules()]
     return hash(repr((parts, tuple(x.shape), x.device.type, taps)))
 
 _PLANS = {} # plans made in this process

@@ -233,7 +233,7 @@ def test_weights_never_run_code(tmp_path):
 def test_weights_are_used(tmp_path):
     own = timm.create_model('test_resnet')
     save_file(own.state_dict(), tmp_path/'own.safetensors')
-    cfg = dict(arch='test_resnet', weights=str(tmp_path/'own.safetensors'), pretrained=False, cut=None, seed=0, out=None)
+    cfg = dict(arch='test_resnet', weights=str(tmp_path/'own.safetensors'), pretrained=False, cut=None, size=32, seed=0, out=None)
     got = cli._learner(cfg, data.digits_dls()).model[0].model.state_dict()
     assert all(torch.equal(v, own.state_dict()[k]) for k,v in got.items())
 
