@@ -32,12 +32,14 @@ def images(size, n=2): return torch.randn(n, 3, *size, generator=torch.Generator
 
 def read_tap(model, plan, x):
     "What the taps of `plan` hand out in a forward of `model`."
+    model.train(model.training)  # LeViT and kin keep attention biases, graph included, from one eval() to the next
     tap = FeatureTap(plan).arm(model)
     model(x)
     return list(tap.take().values())
 
 def read_timm(model, x):
     "timm's own maps."
+    model.train(model.training)
     return model.forward_intermediates(x, output_fmt='NCHW', intermediates_only=True)
 
 def loss_of(maps): return sum((m.float()*torch.randn(m.shape, generator=torch.Generator().manual_seed(i))).sum()/m.numel() for i,m in enumerate(maps))

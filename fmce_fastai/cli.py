@@ -522,7 +522,7 @@ def fmce_train(
         sys.exit(130 if stopped else 1)
     print('\n' + summary(results) + f"\nEverything is in {cfg['out']}", flush=True)
 
-# %% ../nbs/11_cli.ipynb #e45e7929
+# %% ../nbs/11_cli.ipynb #3200e003
 def _build_for_taps(arch, size, n_in):
     "The network without pretrained weights, as bare as its library makes it."
     import timm
@@ -545,9 +545,11 @@ def fmce_taps(
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore')  # of libraries, about parts of each other
             from fmce_fastai.taps import tap_plan
-            if size is not None and size < 1: raise CommandError(f"--size is {size}; it must be at least 1.")
+            for option,value in (('size', size), ('n-in', n_in)):
+                if value is not None and value < 1: raise CommandError(f"--{option} is {value}; it must be at least 1.")
+            if n_in != 3 and arch.startswith(TORCHVISION): raise CommandError("--n-in goes with timm architectures; torchvision's take 3 channels. Leave it out.")
             model = _build_for_taps(arch, size, n_in)
-            plan = tap_plan(model, taps if taps in (None, 'all') else taps.split(','), size=size)
+            plan = tap_plan(model, taps if taps in (None, 'all') else [t.strip() for t in taps.split(',')], size=size)
             print(_plan_text(plan))
             if check: print('\n' + _check_text(model, plan))
         if json: _write_json(Path(json), plan.to_dict())

@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/recorder.html.md"""
 # %% auto #0
 __all__ = ['MODES', 'snapshot_steps', 'undisturbed', 'DatasetError', 'FMCSDataset', 'FMCSRecorder']
 
-# %% ../nbs/03_recorder.ipynb #f7df3157
+# %% ../nbs/03_recorder.ipynb #9c98ea7c
 import json
 import shutil
 import tempfile
@@ -25,7 +25,7 @@ from fastai.torch_core import no_random
 
 from . import __version__
 from .convergence import convergence
-from .taps import FeatureTap, TapPlan, pool_map, pooled_grid, tap_plan, unwrap
+from .taps import FeatureTap, TapError, TapPlan, pool_map, pooled_grid, tap_plan, unwrap
 
 # %% ../nbs/03_recorder.ipynb #368ef564
 def snapshot_steps(
@@ -69,7 +69,7 @@ def _read_batches(dl, idxs, bs, split_idx):
 
 def _plain(x): return x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x
 
-# %% ../nbs/03_recorder.ipynb #be12536b
+# %% ../nbs/03_recorder.ipynb #bf06e6ec
 @contextmanager
 def undisturbed(
     model:torch.nn.Module, # The network
@@ -83,6 +83,7 @@ def undisturbed(
     finally:
         with torch.no_grad():
             for b,old in buffers: b.copy_(old)
+        model.train(modes[0][1])  # drops what some networks cache in eval mode
         for m,mode in modes: m.training = mode
 
 # %% ../nbs/03_recorder.ipynb #1f45d814
@@ -167,7 +168,7 @@ class _TemporaryFolder:
         self.path = Path(tempfile.mkdtemp(prefix='fmcs_dataset_'))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
-# %% ../nbs/03_recorder.ipynb #d882539f
+# %% ../nbs/03_recorder.ipynb #66ea1c33
 class FMCSRecorder(Callback):
     """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
 
@@ -317,7 +318,9 @@ class FMCSRecorder(Callback):
         for x,_ in batches:
             tap = self._live['tap'].arm(model)
             model(self._to_model(x))
-            for n,m in tap.take().items(): read[n].append(m.cpu())
+            maps = tap.take()
+            if silent := [n for n in read if n not in maps]: raise TapError(f"No map arrived from {', '.join(silent)} {'in training mode' if model.training else 'in eval mode'}: the network does not always call it. Tap a module that it calls in both.")
+            for n,m in maps.items(): read[n].append(m.cpu())
         return read
 
     def __getstate__(self): return {**self.__dict__, '_live':None, 'datasets':[]}

@@ -9,14 +9,15 @@ __all__ = ['LAYOUTS', 'MAX_GRID', 'TapError', 'unwrap', 'find_backbone', 'Tap', 
            'probe_input', 'redraw', 'tap_plan', 'check_taps', 'ChannelsFirst', 'timm_head', 'image_size_kwargs',
            'pooled_grid', 'pool_map']
 
-# %% ../nbs/01_taps.ipynb #df3f973d
+# %% ../nbs/01_taps.ipynb #d49ccb8f
 import copy
 import difflib
 import math
 import re
+import types
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -50,7 +51,7 @@ def find_backbone(
         if getattr(module, 'feature_info', None): return name, module
     return '', model
 
-# %% ../nbs/01_taps.ipynb #8a9fb8fa
+# %% ../nbs/01_taps.ipynb #15003815
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 def _nearest_grid(
@@ -113,9 +114,10 @@ class Tap:
     def _untokenise(self, t, like):
         n = t.shape[1]-self.prefix
         if n < 1 or self.order and n != len(self.order): raise self._unfit(t)
-        # The probe's number of cells where the image says another one: the network has resized the image (CrossViT), and its grid is what it was
-        resized = like is None or abs(math.log(like[0]*like[1]/n)) > 0.2
-        grid = self.grid if n == math.prod(self.grid) and resized else _nearest_grid(n, like or self.grid)
+        grid = self.grid if like is None else _nearest_grid(n, like)
+        # Not the grid that the image says, but as many cells as ever: the network has resized the image (CrossViT)
+        if like is not None and max(abs(g-l) for g,l in zip(grid, like)) > 1: grid = self.grid
+        if math.prod(grid) != n: raise self._unfit(t)
         t = t[:,self.prefix:]
         if self.order: t = t[:,torch.tensor(self.order, device=t.device)]
         return t.transpose(1, 2).unflatten(2, grid)
@@ -123,8 +125,9 @@ class Tap:
     def _unfit(self, out):
         shapes = [f"{tuple(t.shape)}" + (f" at {_spell(e)}" if e else '') for e,t in _leaves(out)]
         want = {'NCHW':'(B, C, H, W)', 'NHWC':'(B, H, W, C)', 'NLC':f"(B, {self.prefix} + {len(self.order) or 'H*W'}, C)"}[self.layout]
-        return TapError(f"Module '{self.module}' gives {', '.join(shapes) or type(out).__name__}, but the tap '{self.name}' reads {want}. "
-                        "A tap plan holds for one architecture: make it anew for this network, `tap_plan(model)`.")
+        tokens = f" ({'x'.join(map(str, self.grid))} cells in the plan; tokens that are dropped in training, `patch_drop_rate`, leave no grid)" if self.layout == 'NLC' else ''
+        return TapError(f"Module '{self.module}' gives {', '.join(shapes) or type(out).__name__}, but the tap '{self.name}' reads {want}{tokens}. "
+                        "A tap plan holds for one architecture, and one of reordered tokens for one image size: make it anew, `tap_plan(model, x=batch)`.")
 
 def _leaves(out, element=()):
     "Every tensor in a module's output, with the way to it."
@@ -215,19 +218,19 @@ def _no_match(wanted, backbone, who):
     hint = f"The nearest names are {', '.join(dict.fromkeys(near))}." if near else f"Its top-level modules are {', '.join(n for n,_ in backbone.named_children())}."
     return f"{type(backbone).__name__} has no module {', '.join(map(repr, wanted))} ({who}). {hint}"
 
-# %% ../nbs/01_taps.ipynb #1709d295
+# %% ../nbs/01_taps.ipynb #0aad7ac3
 class FeatureTap:
     """Hands out the maps of one forward pass and leaves no hook behind.
 
     `arm(model)` registers a hook per tap and one on `model` itself; that last one fires when the forward is over, also when it raised, and removes them
-    all. A Ctrl-C inside the forward is the one way past it: what is left then does nothing, holds no tensor and goes with the next `arm` or `detach`."""
+    all. A Ctrl-C inside the forward is the one way past it: what is left then goes with the next `arm` or `detach`."""
     def __init__(self,
         plan:TapPlan, # Where to tap
         keep_graph:bool=True, # Keep the maps' autograd graph? Else they are detached
         reduce=None, # Applied to each (B, C, H, W) map at once, so that a later write in place cannot reach it
     ):
         self.plan,self.keep_graph,self.reduce = plan,keep_graph,reduce
-        self.maps,self._edges,self._handles,self._armed,self._image = {},{},[],False,None
+        self.maps,self._edges,self._versions,self._handles,self._armed,self._image = {},{},{},[],False,None
 
     def arm(self,
         model:nn.Module, # The module whose next forward is read; call it as `model(x)`
@@ -237,7 +240,7 @@ class FeatureTap:
         modules = self.plan.resolve(model)
         self._armed = True
         try:
-            self._handles.append(model.register_forward_pre_hook(self._begin))
+            self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
             for tap in self.plan: self._handles.append(modules[tap.name].register_forward_hook(self._reader(tap)))
             self._handles.append(model.register_forward_hook(self._done, always_call=True))
         except BaseException:
@@ -245,8 +248,8 @@ class FeatureTap:
             raise
         return self
 
-    def _begin(self, module, args):
-        x = _first_tensor(args)
+    def _begin(self, module, args, kwargs):
+        x = _first_tensor((*args, *kwargs.values()))
         self._image = tuple(x.shape[-2:]) if x is not None and x.ndim == 4 else None
 
     def _reader(self, tap):
@@ -256,6 +259,7 @@ class FeatureTap:
             if not self.keep_graph: t = t.detach()
             elif t.grad_fn is not None: self._edges[tap.name] = t.grad_fn,t.output_nr
             if tap.inplace: t = t.clone()
+            self._versions[tap.name] = t,t._version
             self.maps[tap.name] = t if self.reduce is None else self.reduce(self._arranged(tap, t))
         return hook
 
@@ -263,9 +267,13 @@ class FeatureTap:
 
     def _done(self, module, args, out):
         self._remove()
-        if out is None: self.maps,self._edges = {},{}  # the forward raised: keep no half set of maps, nor the graph behind them
+        if out is None: self.maps,self._edges,self._versions = {},{},{}  # the forward raised: keep no half set of maps, nor the graph behind them
         # Not in the hooks above: an operation that saves a tensor for backward, inside a region that gradient checkpointing runs again without us, would be missed there
-        elif self.reduce is None: self.maps = {t.name:self._arranged(t, self.maps[t.name]) for t in self.plan if t.name in self.maps}
+        elif self.reduce is None:
+            spoilt = [n for n,(t,version) in self._versions.items() if t._version != version]
+            read,self.maps,self._versions = self.maps,{},{}  # nothing is kept if something is wrong with them
+            if spoilt: raise TapError(f"The map of {', '.join(spoilt)} was overwritten in place after it was read, which the probe had not seen. Tap a module before it or after it.")
+            self.maps = {t.name:self._arranged(t, read[t.name]) for t in self.plan if t.name in read}
 
     def _remove(self):
         self._armed = False
@@ -274,7 +282,7 @@ class FeatureTap:
     def detach(self):
         "Remove every hook and forget the maps."
         self._remove()
-        self.maps,self._edges = {},{}
+        self.maps,self._edges,self._versions,self._image = {},{},{},None
 
     def take(self) -> dict: # Tap name -> (B, C, H, W), in the plan's order
         "The maps of the last forward, handed over: the tap forgets them."
@@ -292,13 +300,14 @@ class FeatureTap:
         model:nn.Module, # The network to read
     ):
         "Read every forward inside a `with` block; no hook is left after it."
-        hook = model.register_forward_pre_hook(lambda m, args: self.arm(m) and None)
+        def begin(module, args, kwargs): self.arm(module)._begin(module, args, kwargs)  # what `arm` registers now is too late for this forward
+        hook = model.register_forward_pre_hook(begin, with_kwargs=True)
         try: yield self
         finally:
             hook.remove()
             self._remove()
 
-    def __getstate__(self): return {**self.__dict__, 'maps':{}, '_edges':{}, '_handles':[], '_armed':False}
+    def __getstate__(self): return {**self.__dict__, 'maps':{}, '_edges':{}, '_versions':{}, '_handles':[], '_armed':False}
 
 # %% ../nbs/01_taps.ipynb #498e7cef
 def hook_count(
@@ -308,7 +317,10 @@ def hook_count(
     kinds = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks')
     return sum(len(getattr(m, k, ()) or ()) for m in model.modules() for k in kinds)
 
-# %% ../nbs/01_taps.ipynb #6b357ecf
+# %% ../nbs/01_taps.ipynb #6a976bd3
+# What networks raise that cannot run on an input
+_REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, NotImplementedError, KeyError, ArithmeticError)
+
 @dataclass
 class _Fired:
     "What the probe saw of one module at its last call."
@@ -328,6 +340,7 @@ def _quiet_eval(model):
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=cuda): yield model
     finally:
+        model.train(modes[0][1])  # some networks keep caches in eval mode (attention biases in LeViT), and drop them here
         for m,mode in modes: m.training = mode
 
 @contextmanager
@@ -371,12 +384,21 @@ def _look(model, plan, x):
             t = tap.pick(out)
             seen[tap.name] = tap,t,t._version,t.clone()
         return hook
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         for tap in plan: handles.append(modules[tap.name].register_forward_hook(reader(tap)))
-        with _quiet_eval(model): model(x)
+        with _quiet_eval(model):
+            model(x)
+            found = {n:(tap.arrange(read), t._version != version) for n,(tap,t,version,read) in seen.items()}
+            seen.clear()
+            # Then as in training: dropout in place, for one, writes only there. A network may refuse two images in training, or noise
+            with suppress(*_REFUSALS): model.train()(x)
+            written = {n for n,(_,t,version,_) in seen.items() if t._version != version}
     finally:
         for h in handles: h.remove()
-    return {n:(tap.arrange(read), t._version != version) for n,(tap,t,version,read) in seen.items()}
+        with torch.no_grad():
+            for b,old in buffers: b.copy_(old)
+    return {n:(read, overwritten or n in written) for n,(read,overwritten) in found.items()}
 
 # %% ../nbs/01_taps.ipynb #e9c27d67
 def _cfg(backbone): return getattr(backbone, 'pretrained_cfg', None) or getattr(backbone, 'default_cfg', None) or {}
@@ -481,7 +503,7 @@ def _layout_by_graph(source, fmap):
         if (rows == i).all() and (cols == j).all(): return layout,0,()
     return None
 
-# %% ../nbs/01_taps.ipynb #047219a2
+# %% ../nbs/01_taps.ipynb #8e829d02
 def _hooked(name, element, fired):
     "Where to hook: down to the last child as long as a container hands on its output unchanged."
     while element in fired[name].handed_on: name = _last_child(name, fired[name].module)
@@ -518,7 +540,9 @@ def redraw(
 def _by_value(root, prefix, home, x, missing):
     "For those of timm's maps that the graph joins to no module, the modules whose output equals them, in a redrawn copy of the network: index of the map -> [(name, element, layout, prefix)]."
     copied = redraw(copy.deepcopy(root))
-    maps,_ = _timm_maps(copied.get_submodule(prefix + home), x)
+    inner = copied.get_submodule(prefix + home)
+    with _inputs_of(inner) as seen, _quiet_eval(copied): copied(x)
+    maps,_ = _timm_maps(inner, seen[-1] if seen else x)
     maps,found = {i:maps[i].detach() for i in missing},{}
     def look(name, element, t):
         for i,m in maps.items():
@@ -528,12 +552,38 @@ def _by_value(root, prefix, home, x, missing):
     _run_probe(copied, x, look)
     return found
 
+@contextmanager
+def _inputs_of(module):
+    "A list that gets what `module` is called with, by its `forward` or, as fastai does it, by `forward_features`."
+    seen = []
+    def note(args, kwargs):
+        if (x := _first_tensor((*args, *kwargs.values()))) is not None: seen.append(x)
+    own = vars(module).get('forward_features')
+    plain = getattr(module, 'forward_features', None)
+    def watched(*args, **kwargs):
+        note(args, kwargs)
+        return plain(*args, **kwargs)
+    handle = module.register_forward_pre_hook(lambda m, args, kwargs: note(args, kwargs), with_kwargs=True)
+    if plain is not None: module.forward_features = watched
+    try: yield seen
+    finally:
+        handle.remove()
+        if plain is not None:
+            del module.forward_features
+            if own is not None: module.forward_features = own
+
+def _timm_module(backbone):
+    "Name and module, in `backbone`, of what has `forward_intermediates`; ('', None) without one."
+    return next(((n, m) for n,m in backbone.named_modules() if hasattr(m, 'forward_intermediates')), ('', None))
+
 def _from_intermediates(root, prefix, backbone, x, fired, layers):
     "A tap for each of timm's maps (None where no module returns it), the maps themselves, and every module output that is one of them."
-    home,timm_model = next(((n, m) for n,m in backbone.named_modules() if hasattr(m, 'forward_intermediates')), ('', None))
+    home,timm_model = _timm_module(backbone)
     if timm_model is None: return [], [], {}
     lead = home + '.' if home else ''
-    maps,found = _timm_maps(timm_model, x)
+    # The network may be handed something else than x: normalised, or resized
+    with _inputs_of(timm_model) as seen, _quiet_eval(root): root(x)
+    maps,found = _timm_maps(timm_model, seen[-1] if seen else x)
     named = {_stand_in(lead + n, backbone, fired):lead + n for n,_ in _info_names(timm_model)}  # where it runs -> what timm calls it
     taps,known,when = [],{},{n:i for i,n in enumerate(fired)}
     for fmap,sources in zip(maps, found):
@@ -566,47 +616,59 @@ def _from_intermediates(root, prefix, backbone, x, fired, layers):
             taps[i] = known[n,e] = _make_tap(n, e, layout, pre, (), maps[i].shape[1], maps[i].shape[2:], fired, layers, named.get(n))
     return taps, [m.detach() for m in maps], known
 
-# %% ../nbs/01_taps.ipynb #8d559c7f
-def _guess(shape, image, channels=None):
-    "(layout, prefix, channels, grid) of an output, told by its shape, the images' (H, W) and maybe the number of channels; None if it is no map."
+# %% ../nbs/01_taps.ipynb #8ea729eb
+def _reads_last(module, shape):
+    "Do the layers of `module` say that the last dimension (True), or the one after the batch (False), holds the channels? None: they say nothing."
+    last = first = False
+    for m in module.modules():
+        last |= isinstance(m, nn.Linear) and shape[-1] in (m.in_features, m.out_features) or isinstance(m, nn.LayerNorm) and tuple(m.normalized_shape) == (shape[-1],)
+        first |= isinstance(m, nn.modules.conv._ConvNd) and m.out_channels == shape[1]
+    return None if first == last else last
+
+def _guess(shape, x_shape, module, channels=None):
+    "(layout, prefix, channels, grid) of what `module` gave for images of `x_shape`, told by shape and layers, and maybe by the number of channels; None if it is no map of an image each."
+    image = x_shape[-2:]
     off = lambda h,w: abs(math.log(h*image[1]/(w*image[0])))
-    if len(shape) == 4 and min(shape) > 0:
+    if len(shape) not in (3, 4) or min(shape) < 1 or shape[0] != x_shape[0]: return None  # windows of an image, sequences first
+    if len(shape) == 4:
         _,a,b,c = shape
-        nhwc = c == channels != a if channels is not None and channels in (a, c) else off(b, c) > 0.3 and off(a, b) < 0.3
+        if channels is not None and a != c and channels in (a, c): nhwc = channels == c
+        elif a == b == c: nhwc = _reads_last(module, shape) is True
+        else: nhwc = off(b, c) > 0.1 and off(a, b) < off(b, c)/2
         return ('NHWC', 0, c, (a, b)) if nhwc else ('NCHW', 0, a, (b, c))
-    if len(shape) == 3 and min(shape) > 0:
-        for prefix in range(min(shape[1], 17)):
-            grid = _nearest_grid(shape[1]-prefix, image)
-            if off(*grid) < 0.15: return 'NLC', prefix, shape[2], grid
+    if _reads_last(module, shape) is False: return None  # (B, C, N), as a Conv1d gives
+    for prefix in range(min(shape[1], 9)):
+        grid = _nearest_grid(shape[1]-prefix, image)
+        if off(*grid) < 0.15: return 'NLC', prefix, shape[2], grid
     return None
 
-def _first_map(f, image, channels=None):
+def _first_map(f, x_shape, channels=None):
     "(element, what `_guess` says) of the first map in what a module gave, or None."
-    return next(((e, g) for e,shape in f.shapes.items() if (g := _guess(shape, image, channels))), None)
+    return next(((e, g) for e,shape in f.shapes.items() if (g := _guess(shape, x_shape, f.module, channels))), None)
 
-def _from_feature_info(backbone, fired, image):
+def _from_feature_info(backbone, fired, x_shape):
     "What timm's `feature_info` lists, as (name, element, guess)."
     found = []
     for name,channels in _info_names(backbone):
         name = name if name in fired else name.replace('.', '_')  # `features_only` models flatten names
-        seen = _first_map(fired[name], image, channels) if name in fired else None
+        seen = _first_map(fired[name], x_shape, channels) if name in fired else None
         if seen: found.append((name, *seen))
     return found
 
 class _Chain:
     "The level on which a network is a chain of stages."
-    def __init__(self, fired, image): self.fired,self.image = fired,image
+    def __init__(self, fired, x_shape): self.maps,self.fired = {n:g for n,f in fired.items() if (g := _first_map(f, x_shape))},fired
 
-    def map_of(self, name): return _first_map(self.fired[name], self.image)
+    def map_of(self, name): return self.maps.get(name)
     def grid(self, name): return self.map_of(name)[1][3]
 
     def kids(self, parent):
-        "Names of the modules right below `parent` that gave a map, in order of completion; a `ModuleList` between is looked through."
+        "Names of the modules right below `parent` that gave a map, in order of completion; what lies between and gives none, a `ModuleList` or a whole classifier, is looked through."
         return [n for n in self.fired if self.parent(n) == parent and self.map_of(n)]
 
     def parent(self, name):
         name = name.rpartition('.')[0]
-        while name and name not in self.fired: name = name.rpartition('.')[0]
+        while name and name not in self.maps: name = name.rpartition('.')[0]
         return name
 
     def stages(self, parent=''):
@@ -629,16 +691,17 @@ class _Chain:
         runs = [g for (_,cls,_),g in groups.items() if any(m is not f for f in [self.fired[g[0]].module] for m in f.modules())]  # blocks, not bare layers
         return max(runs, key=len, default=[])
 
-def _from_stages(fired, image):
+def _from_stages(fired, x_shape):
     "The chain of stages, or of blocks in a network of one resolution, as (name, element, guess)."
-    chain,names = _Chain(fired, image),[]
+    chain,names = _Chain(fired, x_shape),[]
     for n in chain.stages():
         bare = next(fired[n].module.parameters(), None) is None
-        if not chain.only_pools(n) and not (bare and names and chain.grid(n) not in map(chain.grid, names)): names.append(n)  # nor what follows a layer that only pools
+        # No stages are: layers that only pool, what follows them, and what merely prepares the images
+        if not chain.only_pools(n) and not (bare and chain.grid(n) not in map(chain.grid, names)): names.append(n)
     if len({chain.grid(n) for n in names}) == 1 and len(blocks := chain.blocks()) > len(names): names = blocks
     return [(n, *chain.map_of(n)) for n in names]
 
-# %% ../nbs/01_taps.ipynb #70c121ca
+# %% ../nbs/01_taps.ipynb #755bddb5
 def _pattern(name): return re.compile(re.escape(name).replace(r'\*\*', '.*').replace(r'\*', '[^.]*') + r'\Z')
 
 _ELEMENT = re.compile(r'(\[[^\[\]]+\])+\Z')
@@ -647,17 +710,18 @@ def _given_names(model, backbone, given):
     "(name, element or None) for each module that the user asked for."
     if isinstance(given, (str, nn.Module)): given = [given]
     if not isinstance(given, (list, tuple)): raise TypeError(f"taps must be module names, wildcards or modules, got {type(given).__name__}: {given!r}.")
+    prefix,root = find_backbone(model)[0],unwrap(model)
     known = {n:m for n,m in backbone.named_modules() if n}
+    if prefix: known = {**{n:m for n,m in root.named_modules() if n and not (n + '.').startswith(prefix + '.') and not prefix.startswith(n + '.')}, **known}
     by_module = {id(m):n for n,m in reversed(known.items())}
     names,missing = [],[]
-    prefix = find_backbone(model)[0]
     for g in given:
         element = None
         if isinstance(g, nn.Module): hits = [by_module[id(g)]] if id(g) in by_module else []
         elif isinstance(g, str):
             name = g.removeprefix(prefix + '.') if prefix else g
             if way := _ELEMENT.search(name):
-                element = tuple(int(e) if e.isdigit() else e for e in way[0][1:-1].split(']['))
+                element = way[0]
                 name = name[:way.start()]
             hits = [n for n in known if _pattern(name).match(n)]
         else: raise TypeError(f"taps must be module names, wildcards or modules, got {type(g).__name__}: {g!r}.")
@@ -666,7 +730,7 @@ def _given_names(model, backbone, given):
     if missing: raise TapError(_no_match(missing, backbone, "asked for in `taps`"))
     return list(dict.fromkeys(names))
 
-def _from_given(model, backbone, given, fired, layers, image, known):
+def _from_given(model, backbone, given, fired, layers, x_shape, known):
     "Taps for what the user asked for, in what timm's maps or the shapes say about them."
     taps,silent,flat = [],[],[]
     channels = dict(_info_names(backbone))
@@ -675,13 +739,14 @@ def _from_given(model, backbone, given, fired, layers, image, known):
         name = _stand_in(called, backbone, fired)
         if name not in fired: silent.append(called); continue
         f = fired[name]
+        element = next((e for e in f.shapes if _spell(e) == element), element)  # a dict's keys may look like numbers
         places = [element] if element is not None else [e for n,e in known if n == name] or list(f.shapes)
         if (name, places[0]) in known:
             taps.append(replace(known[name, places[0]], name=called + _spell(places[0]), hook='' if (hook := _hooked(name, places[0], fired)) == called else hook))
             continue
-        hits = [(e, g) for e in places if e in f.shapes and (g := _guess(f.shapes[e], image, channels.get(name)))]
+        hits = [(e, g) for e in places if e in f.shapes and (g := _guess(f.shapes[e], x_shape, f.module, channels.get(name)))]
         if not hits:
-            flat.append(f"{called}{_spell(element or ())} gives {', '.join(str(f.shapes[e]) for e in places if e in f.shapes) or f'no tensor there (it has {len(f.shapes)})'}")
+            flat.append(f"{called}{element if isinstance(element, str) else ''} gives {', '.join(str(f.shapes[e]) for e in places if e in f.shapes) or f'no tensor there (it has {len(f.shapes)})'}")
             continue
         e,(layout,prefix,c,grid) = hits[0]
         order = ()
@@ -691,7 +756,7 @@ def _from_given(model, backbone, given, fired, layers, image, known):
     if flat: raise TapError(f"{', '.join(flat)}: not a (B, C, H, W) map, nor one in another layout. Tap a module that gives one.")
     return taps
 
-# %% ../nbs/01_taps.ipynb #f995911b
+# %% ../nbs/01_taps.ipynb #a78910f1
 def _arch_name(backbone): return _cfg(backbone).get('architecture') or type(backbone).__name__
 
 def _default(
@@ -715,11 +780,15 @@ def _is_setting(v):
     if isinstance(v, dict): return all(map(_is_setting, v.values()))
     return v is None or type(v) in (int, float, str, bool)
 
-def _fingerprint(root, x, taps):
-    "What a plan depends on: the modules, their settings and the shapes of their weights, not the weights."
-    parts = [(n, type(m).__qualname__, [(k, v) for k,v in vars(m).items() if k not in _TORCHS_OWN and _is_setting(v)], [(k, tuple(p.shape)) for k,p in m._parameters.items() if p is not None])
-             for n,m in root.named_modules()]
-    return hash(repr((parts, tuple(x.shape), x.device.type, taps)))
+def _settings(m):
+    "The settings of a module: plain values as they read, functions as they are."
+    own = [(k, v) for k,v in vars(m).items() if k not in _TORCHS_OWN]
+    return repr([(k, v) for k,v in own if _is_setting(v)]), tuple(v for _,v in own if isinstance(v, (types.FunctionType, types.BuiltinFunctionType, type)))
+
+def _cache_key(root, x, taps):
+    "What a plan depends on: classes of the modules and their code, their settings and the shapes of their weights, not the weights."
+    parts = tuple((n, type(m), getattr(type(m).forward, '__code__', None), *_settings(m), tuple((k, tuple(p.shape)) for k,p in m._parameters.items() if p is not None)) for n,m in root.named_modules())
+    return parts, tuple(x.shape), x.device.type, repr(taps)
 
 _PLANS = {} # plans made in this process
 
@@ -729,9 +798,9 @@ def _verified(taps, maps, plan, model, x):
     same = lambda a,b: a.shape == b.shape and (a.device.type == 'meta' or torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4*float(b.float().abs().max())+1e-12, equal_nan=True))
     return [replace(t, inplace=got[t.name][1]) if t is not None and t.name in got and same(got[t.name][0], m) else None for t,m in zip(taps, maps)]
 
-_REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError, NotImplementedError, KeyError)
 
-# %% ../nbs/01_taps.ipynb #a095cfbf
+
+# %% ../nbs/01_taps.ipynb #7abd3d33
 def _probe(root, backbone, x, size):
     "The probe's input and what fired; a default size that the network refuses is replaced by another."
     sizes = [size] if size is not None else _probe_sizes(backbone)
@@ -752,50 +821,59 @@ def tap_plan(
     taps=None, # Names, wildcards or modules; `'all'` for every map that timm gives; default: the last map per resolution, or four evenly spaced ones
     x:torch.Tensor|None=None, # Probe input (B, C, H, W); default: `probe_input(model, size)`
     size:int|tuple|None=None, # Image size of the default probe input, in pixels
-    cache:bool=True, # Use a plan that this process has made for the same architecture and image size?
+    cache:bool=True, # Use the plan that this process has made for a network of the same modules, settings and weight shapes, and the same image size?
 ) -> TapPlan: # The taps in the order in which they run
     """Where to tap `model`: by the modules that timm's own maps come from, else by timm's description, else by what a probe input shows.
 
-    Runs three forwards in eval mode; weights, modes, hooks and random state are as before. Raises `TapError` when a name matches nothing, when a
+    Runs a few forwards, one of them in training mode; weights, buffers, modes, gradients and random state are as before. Raises `TapError` when a name matches nothing, when a
     module gives no map, or when the network refuses the image size."""
     if not isinstance(model, nn.Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass `learn.model` of a Learner.")
+    if size is not None and not (type(size) is int and size > 0 or isinstance(size, (tuple, list)) and len(size) == 2 and all(type(v) is int and v > 0 for v in size)):
+        raise ValueError(f"size is {size!r}; give the images' side in pixels, or a (height, width) pair.")
+    if x is not None and not (isinstance(x, torch.Tensor) and x.ndim == 4): raise TypeError(f"x is {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}; give a batch of images, a tensor (B, C, H, W).")
+    if isinstance(taps, (list, tuple)) and not taps: raise TapError("taps is empty; name at least one module, or leave it out for the default.")
+    with torch.inference_mode(False):  # its tensors have neither graph nor count of writes
+        return _plan(model, taps, x if x is None or not x.is_inference() else x.clone(), size, cache)
+
+def _plan(model, taps, x, size, cache):
     root,(prefix,backbone) = unwrap(model),find_backbone(model)
     key = None
     if cache and (taps is None or isinstance(taps, str) or isinstance(taps, (list, tuple)) and all(isinstance(t, str) for t in taps)):
         shape = x if x is not None else probe_input(root, size)
-        key = _fingerprint(root, shape, (taps, size if x is None else None))
+        key = _cache_key(root, shape, (taps, size if x is None else None))
         if key in _PLANS: return replace(_PLANS[key], taps=list(_PLANS[key].taps))
     x,fired,layers = _probe(root, backbone, x, size)
     image = tuple(x.shape[-2:])
-    # Names inside the backbone; the backbone's own output is not a tap, since fastai calls its parts
+    # Names inside the backbone; the backbone's own output is not a tap, since fastai calls its parts. What lies outside it can be asked for by name
+    outside = {n:f for n,f in fired.items() if prefix and not (n + '.').startswith(prefix + '.') and not prefix.startswith(n + '.')}
     fired = {n.removeprefix(prefix + '.') if prefix else n:f for n,f in fired.items() if n.startswith(prefix + '.' if prefix else '')}
     plan = TapPlan(_arch_name(backbone), 'forward_intermediates', [], tuple(x.shape))
     try:
         timm_taps,maps,known = _from_intermediates(root, prefix + '.' if prefix else '', backbone, x, fired, layers)
         if timm_taps: timm_taps = _verified(timm_taps, maps, plan, root, x)
-        if timm_taps and not any(timm_taps): plan.note = "forward_intermediates gives maps that no module returns"
+        if lost := sum(t is None for t in timm_taps): plan.note = f"{lost} of {len(timm_taps)} maps of forward_intermediates are no module's output"
     except TapError: raise
     except _REFUSALS as e: timm_taps,known,plan.note = [],{},f"forward_intermediates failed: {str(e).strip() or type(e).__name__}"
     good = list({t.name:t for t in timm_taps if t}.values())
     if taps is None or isinstance(taps, str) and taps == 'all':
         if good: plan.taps = good if taps else _default(good, [t.grid for t in good])
         else:
-            for plan.source,found in (('feature_info', _from_feature_info(backbone, fired, image)), ('stages', _from_stages(fired, image))):
+            for plan.source,found in (('feature_info', _from_feature_info(backbone, fired, tuple(x.shape))), ('stages', _from_stages(fired, tuple(x.shape)))):
                 if found: break
             found = found if taps else _default(found, [g[3] for _,_,g in found])
             plan.taps = [_make_tap(n, e, layout, p, (), c, grid, fired, layers) for n,e,(layout,p,c,grid) in found]
-    else: plan.source,plan.taps = 'given',_from_given(model, backbone, taps, fired, layers, image, known)
+    else: plan.source,plan.taps = 'given',_from_given(model, backbone, taps, {**outside, **fired}, layers, tuple(x.shape), known)
     if not plan.taps: raise TapError(f"{plan.arch} has no module with a map to tap: none gives (B, C, H, W), (B, H, W, C) or (B, tokens, C) that fits an image of {image[0]}x{image[1]}. "
                                      "Name modules with `taps=`.")
     if plan.source != 'forward_intermediates':
         seen = _look(root, plan, x)
         plan.taps = [replace(t, inplace=seen[t.name][1]) for t in plan.taps]
-    order = list(fired)
+    order = [*fired, *outside]
     plan.taps = sorted({t.name:t for t in plan.taps}.values(), key=lambda t: order.index(t.hook or t.module))
     if key is not None: _PLANS[key] = replace(plan, taps=list(plan.taps))
     return plan
 
-# %% ../nbs/01_taps.ipynb #3b5fd8d8
+# %% ../nbs/01_taps.ipynb #5cc218ac
 def check_taps(
     model:nn.Module, # Any network
     plan:TapPlan, # Its taps
@@ -830,6 +908,7 @@ def check_taps(
     finally:
         with torch.no_grad():
             for b,old in buffers: b.copy_(old)
+        model.train(modes[0][1])
         for m,mode in modes: m.training = mode
     return pd.DataFrame(rows)
 

@@ -237,7 +237,7 @@ def test_a_module_that_is_called_twice_is_read_at_its_last_call():
     # the output of its first call is no map that a hook could tell apart: say so, and fall back
     model.which = 0
     plan = tap_plan(model, x=x, cache=False)
-    assert plan.source == "feature_info" and "no module returns" in plan.note
+    assert plan.source == "feature_info" and "no module.s output" in plan.note.replace("'", ".")
 
 
 @pytest.mark.parametrize("arch", ["cait_xxs24_224", "xcit_nano_12_p8_224", "convit_tiny", "coat_tiny", "crossvit_tiny_240"])
@@ -468,3 +468,188 @@ def test_where_only_the_oracle_sends_gradient_the_ratio_is_infinite():
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=callback)
     ratios = callback.history.gradient_ratio.to_numpy()
     assert ratios[-1] == float("inf") and ratios[:-1].max() < float("inf")
+
+
+# Networks around networks -------------------------------------------------------------------------------------------------
+
+class Prepared(nn.Module):
+    "Images are normalised, and maybe resized, before the network sees them."
+    def __init__(self, net, size=None): super().__init__(); self.net, self.size = net, size
+    def forward(self, x):
+        x = (x - .5)/.2
+        return self.net(x if self.size is None else nn.functional.interpolate(x, self.size))
+
+@pytest.mark.parametrize("arch", ["hiera_tiny_224", "test_mambaout", "crossvit_tiny_240", "coat_tiny"])
+def test_a_network_that_prepares_its_images(arch):
+    inner = make(arch).eval()
+    size = tuple(tap_plan(inner).probe[2:])
+    plan, want = tap_plan(Prepared(inner), size=size), tap_plan(inner, size=size)
+    assert plan.source == "forward_intermediates" and plan.taps == want.taps
+    # names are those inside timm's network
+    assert tap_plan(Prepared(inner), [f"net.{want.names[0]}"], size=size).names == want.names[:1]
+
+
+def test_a_network_that_resizes_its_images():
+    inner = make("test_vit", img_size=(64, 96)).eval()
+    plan = tap_plan(Prepared(inner, (64, 96)), size=128)
+    assert {(t.grid, t.prefix) for t in plan} == {((4, 6), 1)}
+    model = Prepared(inner, (64, 96)).eval()
+    for h, w in ((128, 128), (256, 128)):
+        tap = FeatureTap(plan).arm(model)
+        model(torch.randn(1, 3, h, w))
+        assert {m.shape[2:] for m in tap.take().values()} == {(4, 6)}
+
+
+def test_networks_from_elsewhere_inside_another():
+    import torchvision.models as tv
+    plain = tap_plan(tv.resnet18(), size=64).names
+    assert tap_plan(nn.Sequential(tv.resnet18(), nn.Identity()), size=64).names == [f"0.{n}" for n in plain]
+    assert tap_plan(Prepared(tv.resnet18()), size=64).names == [f"net.{n}" for n in plain]
+
+
+def test_modules_outside_the_backbone_can_be_named():
+    class Neck(nn.Module):
+        def __init__(self): super().__init__(); self.enc, self.neck = timm.create_model("test_resnet", num_classes=0, global_pool=""), nn.Conv2d(96, 5, 1)
+        def forward(self, x): return self.neck(self.enc(x))
+    model = Neck()
+    for given in (["neck"], [model.neck], "neck"):
+        plan = tap_plan(model, given, size=64)
+        assert plan.names == ["neck"] and plan.channels == dict(neck=5)
+    assert tap_plan(model, ["neck", "layer4"], size=64).names == ["layer4", "neck"]
+    tap = FeatureTap(tap_plan(model, ["neck"], size=64)).arm(model)
+    model(torch.randn(1, 3, 64, 64))
+    assert tap.take()["neck"].shape == (1, 5, 2, 2)
+
+
+def test_elements_of_a_dict():
+    class Pyramid(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1)
+        def forward(self, x): x = self.a(x); return {"0": x, "pool": self.b(x)}
+    model = nn.Sequential(Pyramid())
+    plan = tap_plan(model, ["0"], size=16)
+    assert plan.names == ["0[0]"] and tap_plan(model, plan.names, size=16).names == plan.names
+    assert tap_plan(model, ["0[pool]"], size=16).channels == {"0[pool]": 6}
+
+
+# Layouts told by shape ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [64, 320, 384])
+def test_channels_last_is_told_where_shapes_are_near(size):
+    "Swin's first stage at 384 px is a cube of 96."
+    import torchvision.models as tv
+    with torch.device("meta"): model = tv.swin_t(weights=None)
+    plan = tap_plan(model, size=size)
+    assert [(t.layout, t.channels) for t in plan] == [("NHWC", c) for c in (96, 192, 384, 768)]
+
+
+def test_windows_and_sequences_are_no_maps():
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(3, 6), embed_dim=24)
+    with pytest.raises(TapError, match=r"layers.0.blocks.0.attn gives \(8, 49, 24\): not a"): tap_plan(model, ["layers.0.blocks.0.attn"])
+    class Lines(nn.Module):
+        def __init__(self): super().__init__(); self.patch, self.mix = nn.Conv2d(3, 64, 16, 16), nn.Conv1d(64, 64, 3, padding=1)
+        def forward(self, x): return self.mix(self.patch(x).flatten(2)).mean(2)
+    with pytest.raises(TapError, match="not a"): tap_plan(Lines(), ["mix"], size=112)
+
+
+# What only training shows ---------------------------------------------------------------------------------------------------
+
+def test_tokens_that_are_dropped_in_training_are_no_grid():
+    model = make("vit_tiny_patch16_224", img_size=64, patch_drop_rate=.5)
+    tap = FeatureTap(tap_plan(model)).arm(model.train())
+    with pytest.raises(TapError, match="patch_drop_rate"): model(torch.randn(2, 3, 64, 64))
+    assert hook_count(model) == 0 and not tap.maps
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout2d(.5, inplace=True)])
+def test_a_map_that_only_training_overwrites(drop):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh()), drop, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    x = torch.randn(4, 3, 8, 8)
+    plan = tap_plan(model, ["0"], x=x)
+    assert plan.taps[0].inplace
+    tap = FeatureTap(plan).arm(model.train())
+    model(x)
+    torch.testing.assert_close(tap.take()["0"], model[0](x), rtol=0, atol=0)
+    # a plan that does not know it says so instead of handing out zeros
+    tap = FeatureTap(TapPlan(plan.arch, "given", [Tap("0", 8, (8, 8), 1.)], plan.probe)).arm(model)
+    with pytest.raises(TapError, match="overwritten in place"): model(x)
+    assert hook_count(model) == 0 and not tap.maps
+
+
+def test_a_stage_that_training_bypasses():
+    class Lazy(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.head = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3, 2), nn.Linear(4, 10)
+        def forward(self, x):
+            x = self.a(x)
+            return self.head((x if self.training else self.b(x)).mean((2, 3)))
+    learn = Learner(tensor_dls(), Lazy(), loss_func=CrossEntropyLossFlat(), cbs=FMCSRecorder(n_images=16))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(TapError, match="No map arrived from b in training mode"): learn.fit(1)
+
+
+# Further ways to be asked ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [(128, 64), (64, 128)])
+@pytest.mark.parametrize("how", ["arm", "on", "keyword"])
+def test_images_of_another_shape_than_the_probes(size, how):
+    model = make("test_vit", dynamic_img_size=True).eval()
+    plan, x = tap_plan(model), torch.randn(1, 3, *size)
+    tap = FeatureTap(plan, keep_graph=False)
+    if how == "on":
+        with tap.on(model): model(x)
+    else:
+        tap.arm(model)
+        model(x=x) if how == "keyword" else model(x)
+    got, want = list(tap.take().values()), model.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
+    assert timm_maps.off(got, timm_maps.match(got, want)) == 0 and {m.shape[2:] for m in got} == {(size[0]//16, size[1]//16)}
+
+
+def test_planning_in_inference_mode():
+    model = make("test_vit")
+    with torch.inference_mode(): plan = tap_plan(model, cache=False, x=torch.randn(2, 3, 64, 64))
+    assert plan == tap_plan(make("test_vit"), cache=False)
+
+
+def test_the_cache_tells_networks_apart_that_look_alike():
+    class Net(nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            self.cfg, self.patch, self.cls, self.block, self.head = cfg, nn.Conv2d(3, 32, 8, 8), nn.Parameter(torch.zeros(1, 9, 32)), nn.Linear(32, 32), nn.Linear(32, 10)
+        def forward(self, x):
+            x = self.patch(x).flatten(2).transpose(1, 2)
+            return self.head(self.block(torch.cat([self.cls[:, :self.cfg["reg"]].expand(len(x), -1, -1), x], 1)).mean(1))
+    assert [tap_plan(Net(dict(reg=n)), ["block"], size=64).taps[0].prefix for n in (1, 2, 1)] == [1, 2, 1]
+    before = Net
+    class Net(before):
+        def forward(self, x): return self.head(self.block(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+    Net.__qualname__ = before.__qualname__
+    assert tap_plan(Net(dict(reg=1)), ["block"], size=64).taps[0].prefix == 0
+
+
+def test_maps_without_a_module_are_counted():
+    class Half(nn.Module):
+        feature_info = [dict(module="a", num_chs=4, reduction=1)]
+        def __init__(self): super().__init__(); self.a, self.b = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 3, 2, 1)
+        def forward(self, x): return self.b(self.a(x)).mean((2, 3))
+        def forward_intermediates(self, x, **kwargs): a = self.a(x); return [a.sigmoid(), self.b(a)]
+    plan = tap_plan(Half(), size=32, cache=False)
+    assert plan.names == ["b"] and plan.note == "1 of 2 maps of forward_intermediates are no module's output"
+
+
+@pytest.mark.parametrize("bad,error,part", [(dict(size="64"), ValueError, "size is '64'"), (dict(size=(64,)), ValueError, "size is"), (dict(size=-5), ValueError, "size is -5"), (dict(x=(1,)), TypeError, "x is tuple"),
+                                            (dict(x=torch.zeros(3, 8, 8)), TypeError, "(B, C, H, W)"), (dict(taps=[]), TapError, "taps is empty")])
+def test_arguments_that_make_no_sense(bad, error, part):
+    with pytest.raises(error) as e: tap_plan(make("test_resnet"), **bad)
+    assert part in str(e.value)
+
+
+@pytest.mark.parametrize("arch", ["levit_128s", "tiny_vit_5m_224"])
+def test_caches_of_eval_mode_are_not_left_behind(arch):
+    "LeViT and kin compute attention biases once per call of eval(): planning and recording must not leave old ones, nor their graph."
+    model = make(arch).eval()
+    x = torch.randn(2, 3, 64, 64)
+    tap_plan(model, x=x, cache=False)
+    check_taps(model, tap_plan(model, x=x))
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.1*torch.randn_like(p))
+        fresh = copy.deepcopy(model).train().eval()
+        assert torch.equal(model(x), fresh(x))
+    for _ in range(2): model.train().eval()(x).sum().backward()
