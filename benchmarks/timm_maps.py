@@ -104,6 +104,7 @@ def check(name, family='', **kwargs):
         p2 = plan if not any(t.order for t in plan) else tap_plan(other, 'all', size=shape)
         with torch.no_grad(): got = read_tap(other, p2, x2)
         with torch.no_grad(): row.update(other_size='x'.join(map(str, shape)), other_error=off(got, match(got, read_timm(other, x2))))
+    model.eval()  # drops cached attention biases, which cannot be copied
     row['redrawn'] = same_plan(plan, tap_plan(redraw(copy.deepcopy(model)), 'all', size=size, cache=False))
     row['checkpointing'] = checkpointed(model, plan, x)
     row['hooks_left'] = hook_count(model)

@@ -503,7 +503,7 @@ def _layout_by_graph(source, fmap):
         if (rows == i).all() and (cols == j).all(): return layout,0,()
     return None
 
-# %% ../nbs/01_taps.ipynb #8e829d02
+# %% ../nbs/01_taps.ipynb #d60ec25f
 def _hooked(name, element, fired):
     "Where to hook: down to the last child as long as a container hands on its output unchanged."
     while element in fired[name].handed_on: name = _last_child(name, fired[name].module)
@@ -608,7 +608,9 @@ def _from_intermediates(root, prefix, backbone, x, fired, layers):
     missing = [i for i,t in enumerate(taps) if t is None]
     if missing and maps[0].device.type == 'meta':  # no values: the module that timm names, if its output has the map's shape
         equal = {i:[(n, (), 'NCHW', 0) for n in named if n in fired and fired[n].shapes.get(()) == tuple(maps[i].shape)] for i in missing}
-    else: equal = _by_value(root, prefix, home, x, missing) if missing else {}
+    else:
+        equal = {}
+        with suppress(*_REFUSALS): equal = _by_value(root, prefix, home, x, missing) if missing else {}  # some networks cannot be copied
     for i,hits in equal.items():
         hits = [(n not in named, next(fired[n].module.parameters(), None) is None, n.count('.'), -when[n], str(e), n, e, layout, pre) for n,e,layout,pre in hits if n in fired and e in fired[n].shapes]
         if hits:
