@@ -17,7 +17,7 @@ import re
 import types
 import weakref
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -417,7 +417,7 @@ def _probe_sizes(backbone):
     own = cfg.get('input_size', (0, 64, 64))[-2:]
     built = next((m.img_size for m in backbone.modules() if isinstance(getattr(m, 'img_size', None), (tuple, list))), None)  # `create_model(..., img_size=)`
     first = [tuple(built or own), tuple(own)] if cfg.get('fixed_input_size') else [(64, 64)]
-    return list(dict.fromkeys([*first, (64, 64), (128, 128), (224, 224), tuple(own), *((s, s) for s in (32, 96, 112, 160, 192, 256, 384, 448, 512))]))
+    return list(dict.fromkeys([*first, (64, 64), (128, 128), (112, 112), (224, 224), tuple(own), *((s, s) for s in (32, 96, 160, 192, 256, 384, 448, 512))]))
 
 # %% ../nbs/01_taps.ipynb #1ceeb51f
 def probe_input(
@@ -576,14 +576,12 @@ def _timm_module(backbone):
     "Name and module, in `backbone`, of what has `forward_intermediates`; ('', None) without one."
     return next(((n, m) for n,m in backbone.named_modules() if hasattr(m, 'forward_intermediates')), ('', None))
 
-def _from_intermediates(root, prefix, backbone, x, fired, layers):
+def _from_intermediates(root, prefix, backbone, x, fed, fired, layers):
     "A tap for each of timm's maps (None where no module returns it), the maps themselves, and every module output that is one of them."
     home,timm_model = _timm_module(backbone)
     if timm_model is None: return [], [], {}
     lead = home + '.' if home else ''
-    # The network may be handed something else than x: normalised, or resized
-    with _inputs_of(timm_model) as seen, _quiet_eval(root): root(x)
-    maps,found = _timm_maps(timm_model, seen[-1] if seen else x)
+    maps,found = _timm_maps(timm_model, fed)
     named = {_stand_in(lead + n, backbone, fired):lead + n for n,_ in _info_names(timm_model)}  # where it runs -> what timm calls it
     taps,known,when = [],{},{n:i for i,n in enumerate(fired)}
     for fmap,sources in zip(maps, found):
@@ -673,11 +671,15 @@ class _Chain:
         while name and name not in self.maps: name = name.rpartition('.')[0]
         return name
 
+    def links(self, parent):
+        "The kids of `parent`, or those of its only kid: what merely wraps a chain is no link of it."
+        kids = self.kids(parent)
+        return self.links(kids[0]) if len(kids) == 1 and self.kids(kids[0]) else kids
+
     def stages(self, parent=''):
         "The chain below `parent`: containers that span several resolutions are opened, blocks are not."
-        kids = self.kids(parent)
-        if len(kids) == 1 and self.kids(kids[0]): return self.stages(kids[0])
-        spans = {n:len({self.grid(k) for k in self.kids(n)}) for n in kids if isinstance(self.fired[n].module, nn.Sequential)}
+        kids = self.links(parent)
+        spans = {n:len({self.grid(k) for k in self.links(n)}) for n in kids if isinstance(self.fired[n].module, nn.Sequential)}
         # Two resolutions alone are a stem or a downsampling layer, which is one step of the chain
         return [s for n in kids for s in (self.stages(n) if spans.get(n, 0) > 2 else [n])]
 
@@ -844,14 +846,16 @@ def _plan(model, taps, x, size, cache):
         shape = x if x is not None else probe_input(root, size)
         key = _cache_key(root, shape, (taps, size if x is None else None))
         if key in _PLANS: return replace(_PLANS[key], taps=list(_PLANS[key].taps))
-    x,fired,layers = _probe(root, backbone, x, size)
+    # timm's network may be handed something else than x: normalised, or resized
+    timm_model = _timm_module(backbone)[1]
+    with nullcontext([]) if timm_model is None else _inputs_of(timm_model) as fed: x,fired,layers = _probe(root, backbone, x, size)
     image = tuple(x.shape[-2:])
     # Names inside the backbone; the backbone's own output is not a tap, since fastai calls its parts. What lies outside it can be asked for by name
     outside = {n:f for n,f in fired.items() if prefix and not (n + '.').startswith(prefix + '.') and not prefix.startswith(n + '.')}
     fired = {n.removeprefix(prefix + '.') if prefix else n:f for n,f in fired.items() if n.startswith(prefix + '.' if prefix else '')}
     plan = TapPlan(_arch_name(backbone), 'forward_intermediates', [], tuple(x.shape))
     try:
-        timm_taps,maps,known = _from_intermediates(root, prefix + '.' if prefix else '', backbone, x, fired, layers)
+        timm_taps,maps,known = _from_intermediates(root, prefix + '.' if prefix else '', backbone, x, fed[-1] if fed else x, fired, layers)
         if timm_taps: timm_taps = _verified(timm_taps, maps, plan, root, x)
         if lost := sum(t is None for t in timm_taps): plan.note = f"{lost} of {len(timm_taps)} maps of forward_intermediates are no module's output"
     except TapError: raise

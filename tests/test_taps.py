@@ -133,6 +133,16 @@ def test_wrapped_networks(wrap):
         assert all(torch.equal(got[n], want[n]) for n in want) and hook_count(wrapped) == 0
 
 
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_chain_is_found_under_any_number_of_wrappers_beside_a_head_that_pools(depth):
+    "fastai's body of torchvision's DenseNet is a Sequential in a Sequential, and the head beside it starts with pooling."
+    stage = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
+    body = nn.Sequential(stage(3, 4), stage(4, 8), stage(8, 16))
+    for _ in range(depth): body = nn.Sequential(body)
+    model = nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)))
+    assert tap_plan(model, size=32).names == ["0" + ".0"*depth + f".{i}" for i in range(3)]
+
+
 class Overwritten(nn.Module):
     "The first layer's output is overwritten by the second."
     def __init__(self):
