@@ -433,7 +433,9 @@ def test_oracles_that_do_not_fit_are_refused_before_the_first_step():
     wide = FittedFMCENet(make_oracle(learn.model).plan, width=8)
     wide.plan = type(wide.plan).from_dict({**wide.plan.to_dict(), "taps": [{**t, "channels": t["channels"]+1} for t in wide.plan.to_dict()["taps"]]})
     torch.set_rng_state(torch.tensor(rng[2], dtype=torch.uint8))
-    for cb, error, words in [(FMCECallback(), OracleError, "fit_oracle.*FMCENet.load"), (FMCECallback(oracle=other), TapError, "has no module"),
+    lost = FMCECallback(oracle=make_oracle(learn.model))
+    lost.oracle = None  # as after load_learner
+    for cb, error, words in [(lost, OracleError, "lost its oracle.*FMCENet.load"), (FMCECallback(oracle=other), TapError, "has no module"),
                              (FMCECallback(oracle=make_oracle(learn.model), taps=["nowhere"]), TapError, "nowhere.*stem, stage1, stage2"),
                              (FMCECallback(oracle=wide), OracleError, "channels")]:
         with pytest.raises(error, match=words): learn.fit(1, cbs=cb)
