@@ -1,4 +1,4 @@
-"""`fmce_train`: the three stages from a shell; `fmce_taps`: where a network can be read
+"""`fmce_train`: the three stages from a shell; `fmce_taps`: where a network can be read; `fmce_report`: how converged its modules are; `fmce_pretrain`: the universal oracle anew
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/cli.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.html.md"""
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'CommandError', 'CannotGoOn', 'check_device', 'check_arch', 'check_options', 'check_weights', 'summary',
-           'train', 'fmce_train', 'fmce_taps']
+           'train', 'fmce_train', 'fmce_taps', 'fmce_report', 'fmce_pretrain']
 
 # %% ../nbs/11_cli.ipynb #70f6bbcc
 import difflib
@@ -522,6 +522,18 @@ def fmce_train(
         sys.exit(130 if stopped else 1)
     print('\n' + summary(results) + f"\nEverything is in {cfg['out']}", flush=True)
 
+# %% ../nbs/11_cli.ipynb #plaincmd
+def _plain_command(name, run, options):
+    "`run()` for a command without stages: what is wrong is one line on stderr."
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore')  # of libraries, about parts of each other
+            run()
+    except (Exception, KeyboardInterrupt) as e:
+        if os.environ.get('FMCE_TRACEBACK'): raise
+        print(f"{name}: {'stopped by Ctrl-C' if isinstance(e, KeyboardInterrupt) else ('' if isinstance(e, (ValueError, OSError)) else type(e).__name__ + ': ') + _in_options(_why(e), options)}", file=sys.stderr, flush=True)
+        sys.exit(130 if isinstance(e, KeyboardInterrupt) else 1)
+
 # %% ../nbs/11_cli.ipynb #3200e003
 def _build_for_taps(arch, size, n_in):
     "The network without pretrained weights, as bare as its library makes it."
@@ -541,22 +553,17 @@ def fmce_taps(
     json:str=None, # Also write the plan to this file
 ):
     "Print the tap plan of a network: which modules, in which layout, how deep"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore')  # of libraries, about parts of each other
-            from fmce_fastai.taps import tap_plan
-            for option,value in (('size', size), ('n-in', n_in)):
-                if value is not None and value < 1: raise CommandError(f"--{option} is {value}; it must be at least 1.")
-            if n_in != 3 and arch.startswith(TORCHVISION): raise CommandError("--n-in goes with timm architectures; torchvision's take 3 channels. Leave it out.")
-            model = _build_for_taps(arch, size, n_in)
-            plan = tap_plan(model, taps if taps in (None, 'all') else [t.strip() for t in taps.split(',')], size=size)
-            print(_plan_text(plan))
-            if check: print('\n' + _check_text(model, plan))
+    def run():
+        from fmce_fastai.taps import tap_plan
+        for option,value in (('size', size), ('n-in', n_in)):
+            if value is not None and value < 1: raise CommandError(f"--{option} is {value}; it must be at least 1.")
+        if n_in != 3 and arch.startswith(TORCHVISION): raise CommandError("--n-in goes with timm architectures; torchvision's take 3 channels. Leave it out.")
+        model = _build_for_taps(arch, size, n_in)
+        plan = tap_plan(model, taps if taps in (None, 'all') else [t.strip() for t in taps.split(',')], size=size)
+        print(_plan_text(plan))
+        if check: print('\n' + _check_text(model, plan))
         if json: _write_json(Path(json), plan.to_dict())
-    except (Exception, KeyboardInterrupt) as e:
-        if os.environ.get('FMCE_TRACEBACK'): raise
-        print(f"fmce_taps: {'stopped by Ctrl-C' if isinstance(e, KeyboardInterrupt) else ('' if isinstance(e, (ValueError, OSError)) else type(e).__name__ + ': ') + _in_options(_why(e), ['size', 'taps', 'n_in'])}", file=sys.stderr, flush=True)
-        sys.exit(130 if isinstance(e, KeyboardInterrupt) else 1)
+    _plain_command('fmce_taps', run, ['size', 'taps', 'n_in'])
 
 _SOURCES = dict(forward_intermediates="timm's own maps, each traced to the module that returns it, checked by value", feature_info="the modules that timm lists; layouts told by shape",
                 stages="the stages that a probe shows; layouts told by shape", given="the modules asked for")
@@ -584,3 +591,64 @@ def _check_text(model, plan):
     dead = [r.module for r in whole.itertuples() if not r.graph or not r.reached]
     verdict = f"RAL can train this network through all {len(whole)} maps." if not dead else f"No gradient through {', '.join(dead)}: RAL does nothing there."
     return f"{frame.to_string(index=False)}\n\n{verdict}\n'frozen body': does the map still carry gradient when only the body's norm layers train, as after vision_learner(pretrained=True) before unfreeze()?"
+
+# %% ../nbs/11_cli.ipynb #77b538d5
+@call_parse
+def fmce_report(
+    arch:str, # A timm name, or torchvision.<name>
+    data:str='digits', # Where the images come from: a data set's name or a folder, as for fmce_train
+    weights:str=None, # Weights to load, a .pth or .safetensors file of the bare network; default ImageNet's with --pretrained, else random ones
+    pretrained:store_true=False, # Load timm's pretrained weights
+    root:str=None, # Folder of the data set's files
+    size:int=64, # Image size in pixels
+    n_images:int=256, # Images to score
+    no_labels:store_true=False, # Score without class labels
+    oracle:str=None, # An oracle's file; default the universal one
+    csv:str=None, # Also write the table to this file
+    seed:int=0, # Which images
+):
+    "Print the FMCS of every module of a network, without training it"
+    def run():
+        import timm
+        import torch
+        from fmce_fastai.data import get_dls
+        from fmce_fastai.interpret import fmce_report as report
+        from fmce_fastai.oracle import FMCENet
+        scorer = FMCENet.load(oracle) if oracle else FMCENet.universal()
+        dls = get_dls(data, size=size, bs=64, **({} if root is None else {'root':root}))
+        if pretrained and not weights and not arch.startswith(TORCHVISION): model = timm.create_model(arch, pretrained=True)
+        else: model = _build_for_taps(arch, size, 3)
+        if weights: model.load_state_dict(_read_weights(weights))
+        table = report(model, dls.valid, n_images, scorer, labels=not no_labels, seed=seed)
+        print(f"{arch}, {table.images.max()} {data} images of {size}x{size}, {'without' if no_labels else 'with'} class labels\n\n{table.round(3).to_string(index=False)}")
+        if csv: table.to_csv(csv, index=False)
+    _plain_command('fmce_report', run, ['data', 'weights', 'root', 'size', 'n_images', 'oracle'])
+
+def _read_weights(path):
+    "A state dict, from safetensors or from a file of tensors only."
+    import torch
+    if not Path(path).is_file(): raise CommandError(f"--weights: there is no file {path}.")
+    if str(path).endswith('.safetensors'):
+        from safetensors.torch import load_file
+        return load_file(path)
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+# %% ../nbs/11_cli.ipynb #16867df0
+@call_parse
+def fmce_pretrain(
+    out:str, # Folder for the runs and the oracle; what is finished there is not done again
+    root:str='/usr/share/datasets/fashion-mnist', # Folder of FashionMNIST's training files
+    jobs:int=None, # Processes; default one per core
+    seed:int=0, # Decides the runs and the oracle
+    leave_out:str='', # A source of images that the oracle is not to see: fashion, digits, textures or shapes
+    archs:str=None, # Only these of the networks, separated by commas
+):
+    "Make the universal oracle: train and read many small networks, then train the oracle on them"
+    def run():
+        from fmce_fastai.pretrain import ARCHS, SOURCES, pretrain
+        if leave_out and leave_out not in SOURCES: raise CommandError(f"--leave-out is {leave_out!r}; sources are {', '.join(SOURCES)}.")
+        names = tuple(ARCHS) if archs is None else tuple(a.strip() for a in archs.split(','))
+        if unknown := [a for a in names if a not in ARCHS]: raise CommandError(f"--archs names {', '.join(unknown)}; known are {', '.join(ARCHS)}.")
+        oracle = pretrain(out, names, root, seed, jobs, leave_out)
+        print(f"{oracle}, trained on {oracle.card['data']['runs']} runs, in {out}")
+    _plain_command('fmce_pretrain', run, ['root', 'jobs', 'leave_out', 'archs'])

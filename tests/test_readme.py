@@ -35,7 +35,7 @@ def test_all_is_light_and_named():
     assert not any(hasattr(getattr(everything, n), "__path__") for n in everything.__all__)
 
 
-@pytest.mark.parametrize("name", ["overhead", "oracles", "architectures"])
+@pytest.mark.parametrize("name", ["overhead", "oracles", "architectures", "gains", "universal", "untrained"])
 def test_figures_are_those_of_the_benchmarks(name):
     sys.path.insert(0, str(ROOT / "tools"))
     try: import figures

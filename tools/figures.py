@@ -57,7 +57,55 @@ def architectures():
     return table(["checked", "holds for"], rows)
 
 
-TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures}
+def difference(values):
+    "Mean and 95 % interval of paired differences, in points."
+    import numpy as np
+    from scipy import stats
+    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), above 0 in {sum(v > 0 for v in values)} of {len(values)}"
+
+
+SETTINGS = {"scratch": "resnet18 from a random start, 10,000 images, 32 px, 3 epochs", "pretrained": "EfficientNet-Lite0 with ImageNet weights, 2,000 images, 64 px, 2 epochs"}
+FEW = "EfficientNet-Lite0 with ImageNet weights, 200 images, 48 px, 20 epochs"
+ARMS = {"ral": "RAL, universal oracle", "align": "plain alignment (CKA) as a loss, no oracle", "scaled": "task loss times (1-alpha)"}
+
+
+def gains():
+    "Paired differences to plain training on FashionMNIST, test split."
+    rows = []
+    for source, key in ((rows_of("headline"), "setting"), ([r for r in rows_of("few_images") if r["split"] == "test"], None)):
+        for setting in dict.fromkeys(r[key] if key else FEW for r in source):
+            of = [r for r in source if not key or r[key] == setting]
+            plain = {r["seed"]: float(r["accuracy"]) for r in of if r["arm"] == "plain"}
+            for arm, alpha in sorted({(r["arm"], r["alpha"]) for r in of if r["arm"] != "plain"}, key=str, reverse=True):
+                own = {r["seed"]: float(r["accuracy"]) for r in of if (r["arm"], r["alpha"]) == (arm, alpha)}
+                both = [k for k in own if k in plain]
+                rows.append([SETTINGS.get(setting, setting), ARMS[arm], alpha, f"{100 * statistics.mean(plain[k] for k in both):.1f}", f"{100 * statistics.mean(own[k] for k in both):.1f}", difference([100 * (own[k] - plain[k]) for k in both])])
+    return table(["setting", "loss", "alpha", "plain, %", "with it, %", "difference in points (95 % interval), paired over seeds"], rows)
+
+
+SCORES = {"labelled": "universal oracle, with labels", "free": "universal oracle, without labels", "cka_map": "debiased alignment (CKA) of the map, nothing learnt", "cka_means": "debiased alignment of the channel means, nothing learnt"}
+LEFT_OUT = {"family": "a family of networks", "source": "a source of images", "task": "a type of task"}
+
+
+def universal():
+    "The universal oracle where it was not trained."
+    rows = []
+    for r in rows_of("universal_oracle"):
+        if r["left_out"] == "all": rows.append([LEFT_OUT[r["by"]], SCORES[r["score"]], f"{float(r['rho']):.2f} ({float(r['rho_low']):.2f} to {float(r['rho_high']):.2f})", f"{float(r['rho_last']):.2f}", f"{float(r['mae']):.2f}" if r["mae"] else "-"])
+    return table(["left out", "score", "rho, all modules (95 % interval over runs)", "rho, last module", "MAE"], rows)
+
+
+def untrained():
+    "Telling a stage that was drawn anew."
+    groups = {}
+    for r in rows_of("untrained_stage"): groups.setdefault((r["labels"], r["norms"]), []).append(r)
+    rows = [["yes" if labels == "True" else "no", {"estimated": "estimated anew", "alone": "left as they were"}[norms], f"{statistics.mean(float(r['auc']) for r in g):.2f}", f"{100 * statistics.mean(r['right'] == 'True' for r in g):.0f} %", len(g)] for (labels, norms), g in sorted(groups.items(), reverse=True)]
+    return table(["labels", "batch norm's statistics", "AUC, the stage intact against drawn anew", "the right stage is the first to fall", "networks"], rows)
+
+
+TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures, "gains": gains, "universal": universal, "untrained": untrained}
 
 if __name__ == "__main__":
     for name, make in TABLES.items(): print(f"{name}\n\n{make()}\n")
