@@ -25,7 +25,7 @@ import fastai.callback.schedule
 from fmce_fastai import __version__
 from fmce_fastai.callback import FMCECallback
 from fmce_fastai.data import fashion_mnist_dls
-from fmce_fastai.oracle import FittedFMCENet
+from fmce_fastai.oracle import FittedFMCENet, FMCENet
 from fmce_fastai.recorder import FMCSRecorder
 from fmce_fastai.taps import FeatureTap, tap_plan
 
@@ -62,13 +62,13 @@ class StepClock(Callback):
     def after_train(self): self.seconds = time.perf_counter() - self.start
 
 
-def step_seconds(root, blocks, steps):
-    "Wall times of blocks of training steps, plain and with RAL in turn: two lists."
+def step_seconds(root, blocks, steps, universal=False):
+    "Wall times of blocks of training steps, plain and with RAL by a fitted or the universal oracle in turn: two lists."
     set_seed(0)
     dls = fashion_mnist_dls(size=64, bs=64, n_train=64 * steps, root=root, device="cpu")
     learn = vision_learner(dls, "resnet18", pretrained=False)
     learn.dls.loaders[1] = learn.dls.valid.new(n=64)
-    oracle = FittedFMCENet(tap_plan(learn.model)).freeze()
+    oracle = FMCENet.universal() if universal else FittedFMCENet(tap_plan(learn.model)).freeze()
     times, clock = {"plain": [], "ral": []}, StepClock()
     with learn.no_bar(), learn.no_logging():
         for block in range(blocks + 1):
@@ -121,7 +121,8 @@ def main(
     fits: int = 1,  # Recorded stage-1 fits; 0 for none
     n_train: int = 10_000,  # Training images of stage 1
     epochs: int = 5,  # Epochs of stage 1
-    blocks: int = 6,  # Pairs of blocks of steps; 0 for none
+    blocks: int = 6,  # Pairs of blocks of steps, with a fitted oracle; 0 for none
+    universal: int = 6,  # The same with the universal oracle
     taps: int = 4,  # Blocks of steps with taps alone; 0 for none
     steps: int = 16,  # Steps in a block
     threads: int = 1,  # Torch threads
@@ -138,13 +139,15 @@ def main(
         rows.append(dict(what=what, setting=setting, plain_seconds=round(a, 3), with_seconds=round(b, 3), ratio=round(b / a, 4)) | common)
         print(rows[-1], flush=True)
         mine = [r for r in rows if r["what"] == what]
-        with (Path(out) / f"overhead_{what.replace(' ', '_')}_{where}").open("w", newline="") as f:
+        with (Path(out) / f"overhead_{what.replace(',', '').replace(' ', '_')}_{where}").open("w", newline="") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
             writer.writerows(mine)
 
     if blocks:
         for a, b in zip(*step_seconds(root, blocks, steps)): add("RAL step", f"{steps} steps a block", a, b)
+    if universal:
+        for a, b in zip(*step_seconds(root, universal, steps, True)): add("RAL step, universal oracle", f"{steps} steps a block", a, b)
     for _ in range(taps): add("taps alone", f"{steps} steps a block", *tap_seconds(root, steps))
     for _ in range(fits): add("recording", f"{n_train} images, {epochs} epochs, 256 images at 16 snapshots", *recording_seconds(root, n_train, epochs))
     for what in dict.fromkeys(r["what"] for r in rows): print(what, "median ratio", statistics.median(r["ratio"] for r in rows if r["what"] == what))

@@ -73,8 +73,8 @@ def _is_training_fit(learn):
 class FMCECallback(Callback):
     """Trains with RAL, (1-alpha) * task loss + alpha * FMCS loss, by a frozen oracle.
 
-    Raises, before the first weight update, `ValueError`/`TypeError` for bad arguments, `OracleError` without an oracle or with one that does not fit, `TapError` if the network lacks one of the
-    oracle's taps. `history` has one row per epoch and module."""
+    Raises, before the first weight update, `ValueError`/`TypeError` for bad arguments, `OracleError` for an oracle that does not fit, `TapError` if the network lacks one of the
+    oracle's taps or cannot be read. `history` has one row per epoch and module."""
     order = GradientAccumulation.order-1  # before the loss is divided; inside autocast, which the oracle leaves
     run_valid = False
 
