@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import __version__
-from .convergence import smooth_losses
+from .convergence import level_targets, smooth_losses
 from .oracle import UniversalFMCENet, _free_features, _labelled_features, kernels, same_class, u_center
 from .recorder import MODES, snapshot_steps, undisturbed
 from .taps import FeatureTap, pool_map, tap_plan
@@ -160,7 +160,7 @@ def build(
     seed:int=0, # For the weights
 ) -> nn.Module:
     "One of the small networks, with random weights."
-    import importlib, timm
+    import timm
     _,name,kwargs = ARCHS[arch]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -500,13 +500,7 @@ def _rows_of(tables, labels, runs, names):
         learnt.append(torch.from_numpy(stages_learnt(runs[name]))[:,:,None].expand(s, m, q).flatten())
     return [torch.cat(o) for o in (lab, free, depth, p, has, learnt)]
 
-def _level_weights(p, n_levels):
-    x = p.clamp(0, 1)*(n_levels-1)
-    low = x.floor().clamp(max=n_levels-2).long()
-    out = torch.zeros(len(p), n_levels)
-    out.scatter_(1, low[:,None], (1 - x + low)[:,None])
-    out.scatter_add_(1, low[:,None] + 1, (x - low)[:,None])
-    return out
+def _level_weights(p, n_levels): return torch.from_numpy(level_targets(p.double().numpy(), n_levels)).float()
 
 def _train_net(net, inputs, targets, n_epochs, lr, bs, noise=0.):
     opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
