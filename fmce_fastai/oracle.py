@@ -6,8 +6,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.html.md"""
 
 # %% auto #0
 __all__ = ['N_KERNELS', 'V0', 'Scores', 'OracleError', 'OracleFileError', 'FMCENet', 'FittedFMCENet', 'gram_views', 'kernels',
-           'u_center', 'same_class', 'debiased_alignment', 'class_alignment', 'similarity_moments', 'UniversalFMCENet',
-           'tensors_sha256']
+           'u_center', 'same_class', 'debiased_alignment', 'class_alignment', 'class_share', 'similarity_moments',
+           'UniversalFMCENet', 'tensors_sha256']
 
 # %% ../nbs/02_oracle.ipynb #190c5700
 import copy
@@ -220,21 +220,39 @@ def debiased_alignment(
     u,v = u_center(gram_views(fmap)[0]),u_center(same_class(targets).to(fmap.device))
     return (u*v).sum((-1,-2))/((u*u).sum((-1,-2))*(v*v).sum()).clamp(min=1e-20).sqrt()
 
+def _class_slopes(u, same):
+    "How much more alike images of one class are: slopes of the similarities on the same-class matrix, (...,) of the batch and (..., n) of each image; and that matrix's variance."
+    n = u.shape[-1]
+    v = u_center(same)
+    own = (v*v).sum(-1)/(n-3)  # each image's part of the variance
+    var = own.mean().clamp(min=1e-9)
+    rows = (u*v).sum(-1)/(n-3)
+    slope = rows.mean(-1)/var
+    return slope, (rows + var/2*slope[...,None])/(own + var/2), var
+
 def class_alignment(
     u:torch.Tensor, # (..., n, n) U-centred kernels
     same:torch.Tensor, # (n, n) from `same_class`
 ) -> tuple: # (...,) of the batch; (..., n) of each image
     "The alignment with the classes as it would be with ten of them."
     n = u.shape[-1]
-    v = u_center(same)
-    own = (v*v).sum(-1)/(n-3)  # each image's part of the variance of the same-class matrix
-    var = own.mean().clamp(min=1e-9)
-    rows = (u*v).sum(-1)/(n-3)
+    slope,rows,var = _class_slopes(u, same)
     energy = (u*u).sum((-1,-2))/(n*(n-3))
-    slope = rows.mean(-1)/var
     rest = (energy - slope*slope*var).clamp(min=0) + 1e-3*energy + 1e-12
     scale = V0**.5/(rest + V0*slope*slope).sqrt()
-    return slope*scale, (rows + var/2*slope[...,None])/(own + var/2)*scale[...,None]
+    return slope*scale, rows*scale[...,None]
+
+def class_share(
+    k:torch.Tensor, # (..., n, n) kernels, diagonal 1
+    u:torch.Tensor, # The same, U-centred
+    same:torch.Tensor, # (n, n) from `same_class`
+) -> tuple: # (...,) of the batch; (..., n) of each image
+    "The share of the images' variance that lies between the classes: intraclass correlation, free of the size of the batch and of the number of classes."
+    n = k.shape[-1]
+    slope,rows,_ = _class_slopes(u, same)
+    mean = lambda m: (m.sum((-1,-2)) - m.diagonal(dim1=-2, dim2=-1).sum(-1))/(n*(n-1))  # over pairs of two images
+    apart = (1 - mean(k) + mean(same)*slope).clamp(min=1e-6)  # what images of different classes differ by
+    return slope/apart, rows/apart[...,None]
 
 def similarity_moments(
     k:torch.Tensor, # (..., N_KERNELS, n, n) kernels
@@ -254,20 +272,20 @@ def similarity_moments(
 
 # %% ../nbs/02_oracle.ipynb #60476a20
 class _MonotoneNet(nn.Module):
-    "Log probabilities of K ordered levels, each level's mean rising with every alignment."
-    def __init__(self, n_in, n_levels, width):
+    "Log probabilities of K ordered levels, each level's mean rising with every alignment and share."
+    def __init__(self, n_in, n_shares, n_levels, width):
         super().__init__()
-        for name in ('mean', 'std'): self.register_buffer(name, torch.full((n_in,), float(name == 'std')))
+        for name in ('mean', 'std'): self.register_buffer(name, torch.full((n_in+n_shares,), float(name == 'std')))
         self.first = nn.Parameter(torch.randn(width, n_in)*.3 - 1.5)
         self.offset = nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, width))
         self.second,self.bias = nn.Parameter(torch.randn(width, width)*.3 - 2.5),nn.Parameter(torch.zeros(width))
         self.third = nn.Parameter(torch.randn(width)*.3 - 1.5)
-        self.direct = nn.Parameter(torch.full((n_in,), -3.))  # past the tanh layers, so that a high score never stops rising
+        self.direct = nn.Parameter(torch.cat([torch.full((n_in,), -3.), torch.full((n_shares,), -2.25)]))  # past the tanh layers, so that a high score never stops rising
         self.thresholds,self.log_scale = nn.Parameter(torch.linspace(-1.5, 1.5, n_levels-1)),nn.Parameter(torch.zeros(()))
 
-    def forward(self, alignments, depth):
-        x = (alignments - self.mean)/self.std
-        z = torch.tanh(x @ F.softplus(self.first).T + self.offset(depth))
+    def forward(self, structure, depth):
+        x = (structure - self.mean)/self.std
+        z = torch.tanh(x[...,:self.first.shape[1]] @ F.softplus(self.first).T + self.offset(depth))
         eta = torch.tanh(z @ F.softplus(self.second).T + self.bias) @ F.softplus(self.third) + x @ F.softplus(self.direct)
         steps = F.softplus(self.thresholds.diff())
         thresholds = torch.cat([self.thresholds[:1], self.thresholds[:1] + steps.cumsum(0)])
@@ -291,7 +309,7 @@ class UniversalFMCENet(FMCENet):
     ):
         super().__init__(plan, n_levels)
         self.width,self.free_width,self.min_batch = width,free_width,min_batch
-        self.labelled = _MonotoneNet(4*N_KERNELS, n_levels, width)
+        self.labelled = _MonotoneNet(4*N_KERNELS, 4, n_levels, width)
         n_free = 14*N_KERNELS + 3
         for name in ('mean', 'std'): self.register_buffer(f'free_{name}', torch.full((n_free,), float(name == 'std')))
         self.free = nn.Sequential(nn.Linear(n_free, free_width), nn.GELU(), nn.Linear(free_width, free_width), nn.GELU(), nn.Linear(free_width, n_levels))
@@ -345,10 +363,10 @@ class UniversalFMCENet(FMCENet):
         fmap:torch.Tensor, # (n, C, H, W), finite
         same:torch.Tensor|None, # (n, n) from `same_class`, or None
     ) -> tuple: # The features per image, a tuple of tensors with n rows; scalar bool: does the map vary?
-        "What the nets are given: alignments with labels; moments of the similarities and the share of the channel means without."
+        "What the nets are given: alignments and class shares with labels; moments of the similarities and the share of the channel means without."
         grams,share,varies = gram_views(fmap)
         k = kernels(grams)
-        return (_labelled_features(u_center(k), same) if same is not None else _free_features(k, u_center(k), share)), varies
+        return (_labelled_features(k, u_center(k), same) if same is not None else _free_features(k, u_center(k), share)), varies
 
     def _free_logits(self, moments, rows, share, depth):
         return self.free(((torch.cat([moments, rows, share, depth], -1) - self.free_mean)/self.free_std).clamp(-4, 4))
@@ -359,11 +377,12 @@ class UniversalFMCENet(FMCENet):
         plan = TapPlan.from_dict(spec['plan']) if spec.get('plan') else None
         return cls(int(spec['n_levels']), int(spec['width']), int(spec['free_width']), int(spec['min_batch']), plan)
 
-def _labelled_features(u, same):
-    "Alignments of the batch and of each image, (..., n, 2N) each, from U-centred kernels (..., 2, N, n, n)."
-    batch,rows = class_alignment(u, same)
-    batch,rows = batch.flatten(-2)[...,None,:],rows.flatten(-3, -2).transpose(-1, -2)
-    return batch.expand_as(rows), batch + .3*(rows - batch).clamp(-1, 1)
+def _labelled_features(k, u, same):
+    "Alignments (..., n, 4N) and cosine's class shares (..., n, 4), of the batch and of each image, from kernels (..., 2, N, n, n) and the same U-centred."
+    def both(batch, rows):
+        batch,rows = batch.flatten(-2)[...,None,:],rows.flatten(-3, -2).transpose(-1, -2)
+        return torch.cat([batch.expand_as(rows), batch + .3*(rows - batch).clamp(-1, 1)], -1)
+    return both(*class_alignment(u, same)), both(*class_share(k[...,:1,:,:], u[...,:1,:,:], same))
 
 def _free_features(k, u, share):
     "Moments of the batch (..., n, 10N), of each image (..., n, 4N), and the channel means' share (..., n, 2)."

@@ -437,7 +437,7 @@ def batch_features(
     grams, # (S, M, 2, n, n) of the batch's images
     share, # (S, M, n)
     y, # (n,) labels
-) -> dict: # `lab` (S, M, n, 4N), `free` (S, M, n, 14N+2), `has` (n,), `cka` (S, M, 2)
+) -> dict: # `lab` (S, M, n, 4N+4), `free` (S, M, n, 14N+2), `has` (n,), `cka` (S, M, 2)
     "What the oracle's nets would be given for these images."
     same = same_class(y)
     v = u_center(same)
@@ -445,7 +445,7 @@ def batch_features(
     for g,sh in zip(grams, share):
         k = kernels(g)
         u = u_center(k)
-        lab.append(torch.cat(_labelled_features(u, same), -1).half())
+        lab.append(torch.cat(_labelled_features(k, u, same), -1).half())
         free.append(torch.cat(_free_features(k, u, sh), -1).half())
         uc = u_center(g)
         cka.append((uc*v).sum((-1,-2))/((uc*uc).sum((-1,-2))*(v*v).sum()).clamp(min=1e-20).sqrt())
@@ -570,6 +570,12 @@ def marker_rows(progress, rows, n_levels=11):
 
 def is_spoilt(run): return bool(run['run']['noise'] or run['run']['frozen'] or run['run']['lr'] > 1)
 
+def _groups(run, by):
+    "Its family, source or task; then those that it was fine-tuned from."
+    if by == 'family': return [run['family']]
+    before = [run['run']['tune_from'].split('/')[('source', 'task').index(by)]] if run['run']['tune_from'] else []
+    return [run['run'][by], *before]
+
 def judge_left_out(
     tables:dict, runs:dict,
     by:str='family', # `family`, `source` or `task`: what is left out, one after the other
@@ -577,11 +583,11 @@ def judge_left_out(
 ): # DataFrame: left_out, run, module, depth, mode, score, rho, mae, markers
     "Leave one group of runs out, train on the others, judge on it."
     import pandas as pd
-    group = {n:r['family'] if by == 'family' else r['run'][by] for n,r in runs.items()}
+    group = {n:_groups(r, by) for n,r in runs.items()}
     progress,table = absolute_progress(runs),[]
-    for left in sorted(set(group.values())):
-        oracle = train_universal(tables, runs, [n for n in runs if group[n] != left], **kwargs)
-        for name in (n for n in runs if group[n] == left):
+    for left in sorted({g[0] for g in group.values()}):
+        oracle = train_universal(tables, runs, [n for n in runs if left not in group[n]], **kwargs)
+        for name in (n for n in runs if group[n][0] == left):
             r,labels = runs[name],run_labels(runs[name], progress[name])
             for kind,scores in judge_scores(oracle, tables[name], r).items():
                 for mode in MODES:
@@ -620,8 +626,8 @@ def seen_by(
     pick = lambda f: sorted({f(r) for r in runs.values()})
     sources = {r['run']['source'] for r in runs.values()} | {r['run']['tune_from'].split('/')[0] for r in runs.values() if r['run']['tune_from']}
     return dict(families=pick(lambda r: r['family']), networks=pick(lambda r: r['run']['arch']), sources=sorted(sources), tasks=pick(lambda r: r['run']['task']), runs=len(runs),
-                never="photographs; colours other than random ones; images of more than 32x32 pixels; networks of more than 5 million weights; more than 100 classes; pretraining on ImageNet; "
-                      "any test or validation image; " + ', '.join(f"{s} images" for s in SOURCES if s not in sources))
+                never='; '.join(["photographs; colours other than random ones; images of more than 32x32 pixels; networks of more than 5 million weights; more than 100 classes; pretraining on ImageNet; any test or validation image",
+                                 *(f"{s} images" for s in SOURCES if s not in sources)]))
 
 def pretrain(
     out, # Folder for runs and results
@@ -641,7 +647,7 @@ def pretrain(
     _in_processes(record_run, jobs, [(r, str(out)) for r in todo], 'runs', bar)
     runs = read_runs(out)
     _in_processes(_tabulate_to, jobs, [(str(out), n) for n in runs if not (out/f'{n}.pt').exists()], 'features', bar)
-    seen = {n:r for n,r in runs.items() if not leave_out or leave_out not in (r['run']['source'], r['run']['tune_from'].split('/')[0])}
+    seen = {n:r for n,r in runs.items() if leave_out not in _groups(r, 'source')}
     if not seen: raise ValueError(f"leave_out={leave_out!r} leaves no run to train on; sources are {', '.join(SOURCES)}.")
     oracle = train_universal(read_tables(out, seen), runs, list(seen), seed)
     oracle.card = dict(data=seen_by(seen), fit=dict(seed=seed, version=__version__, torch=torch.__version__))

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from fmce_fastai.callback import FMCECallback, N_COUNTED, mixed_targets
 from fmce_fastai.losses import fmcs_loss, representation_auxiliary_loss
-from fmce_fastai.oracle import FMCENet, OracleError, UniversalFMCENet, class_alignment, debiased_alignment, gram_views, kernels, same_class, tensors_sha256, u_center
+from fmce_fastai.oracle import FMCENet, OracleError, UniversalFMCENet, class_alignment, class_share, debiased_alignment, gram_views, kernels, same_class, tensors_sha256, u_center
 from fmce_fastai.taps import FeatureTap, TapError, hook_count, tap_plan
 from helpers import assert_same, make_learner, make_model, rng_state, seed_all, weights
 
@@ -58,9 +58,9 @@ def test_images_that_lie_nearer_to_their_class_never_score_lower(oracle):
     means = torch.stack([oracle({"m": torch.lerp(x, centres, t)}, y).fmcs.mean() for t in torch.linspace(0, .95, 12)])
     assert (means.diff() >= -1e-4).all() and means[-1] > means[0] + .2
 
-def test_every_alignment_has_a_rising_effect(oracle):
+def test_every_alignment_and_share_has_a_rising_effect(oracle):
     seed_all()
-    a = torch.randn(50, 24)*.3 + .3
+    a = torch.randn(50, len(oracle.labelled.mean))*.3 + .3
     a.requires_grad_()
     oracle.labelled(a, torch.full((50, 1), .7)).softmax(-1).matmul(oracle.levels).sum().backward()
     assert (a.grad >= 0).all() and (a.grad.sum(1) > 0).all()
@@ -74,6 +74,30 @@ def test_alignment_is_debiased_cka_where_there_are_ten_classes():
     want = (u*v).sum((-1, -2))/((u*u).sum((-1, -2))*(v*v).sum()).sqrt()
     assert_close(got, want, atol=.01, rtol=0)
 
+def shares(x, y):
+    k = kernels(gram_views(x)[0])[:, 0]  # cosine
+    return class_share(k, u_center(k), same_class(y))
+
+@pytest.mark.parametrize("spread", [.5, 1., 2.])
+def test_the_class_share_is_the_intraclass_correlation(spread):
+    "Of vectors drawn about class centres it is 1/(1 + spread^2), in batches of any size and number of classes."
+    for n, classes in [(16, 2), (64, 10), (64, 30), (256, 100)]:
+        found = []
+        for seed in range(20):
+            g = torch.Generator().manual_seed(seed)
+            y = torch.arange(n) % classes
+            x = torch.randn(classes, 2000, 1, 1, generator=g)[y] + spread*torch.randn(n, 2000, 1, 1, generator=g)
+            found.append(shares(x, y)[0])
+        assert_close(torch.stack(found).mean(0), torch.full((2,), 1/(1 + spread**2)), atol=.02, rtol=0)
+
+def test_the_class_share_is_1_where_classes_are_points_and_an_image_out_of_place_has_less():
+    y = torch.arange(40) % 4
+    x = torch.randn(4, 30, 2, 2, generator=torch.Generator().manual_seed(0))[y]
+    assert_close(shares(x, y)[0], torch.ones(2), atol=5e-3, rtol=0)
+    x[0] = x[1]
+    whole, rows = shares(x, y)
+    assert (whole < .98).all() and (rows.argmin(1) == 0).all()
+
 def test_noise_is_not_aligned_in_batches_of_any_size():
     "Plain CKA of noise is 0.33 at batch 64 with 10 classes; ours is 0 on average."
     for n, classes in [(16, 2), (64, 10), (64, 40), (200, 100)]:
@@ -81,7 +105,7 @@ def test_noise_is_not_aligned_in_batches_of_any_size():
         for seed in range(30):
             g = torch.Generator().manual_seed(seed)
             x, y = torch.randn(n, 30, 3, 3, generator=g), torch.randint(0, classes, (n,), generator=g)
-            found.append(torch.cat([class_alignment(u_center(kernels(gram_views(x)[0])), same_class(y))[0].flatten(), debiased_alignment(x, y)]))
+            found.append(torch.cat([class_alignment(u_center(kernels(gram_views(x)[0])), same_class(y))[0].flatten(), shares(x, y)[0], debiased_alignment(x, y)]))
         assert torch.stack(found).mean(0).abs().max() < .08, (n, classes)
 
 @pytest.mark.parametrize("spread", [.7, 1.5, 3.])
