@@ -8,6 +8,7 @@ from fmce_fastai.interpret import fmce_report, fmcs_over_training, plot_fmcs
 from fmce_fastai.losses import fmcs_loss, representation_auxiliary_loss
 from fmce_fastai.oracle import FittedFMCENet, FMCENet, OracleError, OracleFileError, Scores, UniversalFMCENet
 from fmce_fastai.recorder import DatasetError, FMCSDataset, FMCSRecorder, snapshot_steps
+from fmce_fastai.study import Study, StudyError, run_study
 from fmce_fastai.taps import FeatureTap, Tap, TapError, TapPlan, check_taps, hook_count, image_size_kwargs, tap_plan, timm_head
 
 __all__ = [name for name in dir() if not name.startswith("_")]

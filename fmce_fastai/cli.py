@@ -1,4 +1,4 @@
-"""`fmce_train`: the three stages from a shell; `fmce_taps`: where a network can be read; `fmce_report`: how converged its modules are; `fmce_pretrain`: the universal oracle anew
+"""`fmce_train`: the three stages from a shell; `fmce_taps`: where a network can be read; `fmce_report`: how converged its modules are; `fmce_study`: does RAL help?; `fmce_pretrain`: the universal oracle anew
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/cli.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.html.md"""
 
 # %% auto #0
 __all__ = ['TORCHVISION', 'CommandError', 'CannotGoOn', 'check_device', 'check_arch', 'check_options', 'check_weights', 'summary',
-           'train', 'fmce_train', 'fmce_taps', 'fmce_report', 'fmce_pretrain']
+           'train', 'fmce_train', 'fmce_taps', 'fmce_report', 'fmce_pretrain', 'fmce_study']
 
 # %% ../nbs/11_cli.ipynb #70f6bbcc
 import difflib
@@ -152,13 +152,10 @@ def check_weights(
 # %% ../nbs/11_cli.ipynb #cbb556f7
 def _timm_kwargs(arch, cfg, n_out):
     "What `vision_learner` needs for `arch` beside its defaults: the image size it is built for, and a head that reads its layout."
-    from fmce_fastai.taps import TapError, image_size_kwargs, timm_head
-    try:
-        kwargs = image_size_kwargs(arch, cfg['size'])
-        head = timm_head(arch, n_out, **kwargs)
+    from fmce_fastai.study import timm_kwargs
+    from fmce_fastai.taps import TapError
+    try: return timm_kwargs(arch, cfg['size'], n_out)
     except TapError as e: raise CommandError(f"--arch {arch} at --size {cfg['size']}: {_why(e)}") from e
-    # Where fastai's own head reads the body, it stays: the same random numbers as in a plain `vision_learner`
-    return {**kwargs, **({} if head[0].layout in ('NCHW', 'NC') else dict(custom_head=head))}
 
 # %% ../nbs/11_cli.ipynb #48276a8b
 def _learner(cfg, dls, fresh=True):
@@ -168,6 +165,7 @@ def _learner(cfg, dls, fresh=True):
     from fastai.metrics import accuracy
     from fastai.torch_core import set_seed
     from fastai.vision.learner import vision_learner
+    from fmce_fastai.study import cut_at
     arch,kwargs = check_arch(cfg['arch']),{}
     if isinstance(arch, str): kwargs = _timm_kwargs(arch, cfg, get_c(dls))
     pretrained = fresh and (cfg['pretrained'] or bool(cfg['weights']))
@@ -176,7 +174,7 @@ def _learner(cfg, dls, fresh=True):
         kwargs['pretrained_cfg_overlay'] = dict(file=str(cfg['weights']))
     set_seed(cfg['seed'])
     try:
-        with warnings.catch_warnings(), _cut_at(arch, cfg['cut']):
+        with warnings.catch_warnings(), cut_at(arch, cfg['cut']):
             warnings.filterwarnings('ignore', category=UserWarning, module='torchvision')  # fastai says `pretrained` where torchvision now says `weights`
             learn = vision_learner(dls, arch, pretrained=pretrained, metrics=accuracy, path=Path(cfg['out'] or '.'), **kwargs)
     except Exception as e:  # timm, torchvision, fastai and the hub each have their own
@@ -184,22 +182,6 @@ def _learner(cfg, dls, fresh=True):
         raise CommandError(f"--arch {cfg['arch']} could not be built: {type(e).__name__}: {str(e).rstrip('. ')}.{hint}") from e
     learn.unfreeze()
     return learn
-
-@contextmanager
-def _cut_at(arch, cut):
-    "Inside, `vision_learner` cuts a torchvision `arch` at `cut`: it takes an argument of that name, but passes it on to no one; it reads `model_meta`."
-    from fastai.vision.learner import default_split, model_meta
-    if isinstance(arch, str): yield
-    else:
-        before = model_meta.get(arch)
-        meta = before or {'cut':None, 'split':default_split}
-        # fastai cuts at the last pooling layer among the children; ShuffleNet v2 pools by a mean in `forward` and is cut before its classifier
-        if cut is None: cut = -1 if arch.__name__.startswith('shufflenet') else meta['cut']
-        model_meta[arch] = {**meta, 'cut':cut}
-        try: yield
-        finally:
-            if before is None: del model_meta[arch]
-            else: model_meta[arch] = before
 
 def _data(cfg):
     "The loaders, in their initial state: the same order of batches at every call."
@@ -652,3 +634,78 @@ def fmce_pretrain(
         oracle = pretrain(out, names, root, seed, jobs, leave_out)
         print(f"{oracle}, trained on {oracle.card['data']['runs']} runs, in {out}")
     _plain_command('fmce_pretrain', run, ['root', 'jobs', 'leave_out', 'archs'])
+
+# %% ../nbs/11_cli.ipynb #1b3e2dfb
+_STUDY_TYPES = dict(n_train=int, n_eval=int, size=int, bs=int, epochs=int, stage1_epochs=int, stage1_lr=float, body_lr=float, threads=int)
+
+def _numbers(text, kind, option):
+    "`0-9`, `0,1,5` or `0.7,0.9` as a tuple."
+    try:
+        if kind is int: return tuple(n for part in str(text).split(',') for n in (range(int(part.split('-')[0]), int(part.split('-')[-1])+1) if '-' in part else (int(part),)))
+        return tuple(float(part) for part in str(text).split(','))
+    except ValueError as e: raise CommandError(f"--{option} is {text!r}; give numbers separated by commas{', or first-last' if kind is int else ''}.") from e
+
+def _changed_study(study, given):
+    "The study with the options that were given."
+    from dataclasses import replace
+    read = dict(arms=lambda v: tuple(a.strip() for a in v.split(',')), taps=lambda v: tuple(a.strip() for a in v.split(',')), alphas=lambda v: _numbers(v, float, 'alphas'), lrs=lambda v: _numbers(v, float, 'lrs'),
+                seeds=lambda v: _numbers(v, int, 'seeds'), tune_seeds=lambda v: _numbers(v, int, 'tune-seeds'))
+    values = {k:read[k](v) if k in read else v for k,v in given.items() if v is not None}
+    if 'arms' in values and 'primary' not in values and study.primary not in values['arms']:
+        rest = [a for a in values['arms'] if a != 'plain']
+        values['primary'] = rest[-1] if rest else ''
+    return replace(study, **values)
+
+@call_parse
+def fmce_study(
+    out:str, # Folder of the study; one that was broken off there goes on
+    preset:str='digits', # digits, few-images, paper, paper-mini: where settings come from that are not given
+    arms:str=None, # Arms, separated by commas; joined by + they are trained together
+    primary:str=None, # The arm of the primary contrast, against plain
+    alphas:str=None, # Representation Abstraction Factors, such as 0.7,0.9
+    seeds:str=None, # Seeds of the final table, such as 0-9
+    tune_seeds:str=None, # Seeds on which rates and alphas are chosen, on the validation split
+    lrs:str=None, # Peak learning rates tried for every arm
+    data:str=None, # digits, mnist, fashion_mnist, cifar10, cifar100, or a folder
+    root:str=None, # Folder that holds the data set's files
+    n_train:int=None, # Training images
+    n_eval:int=None, # Validation and test images read; 0 for all
+    size:int=None, # Image size in pixels
+    bs:int=None, # Batch size
+    arch:str=None, # A timm name, or torchvision.<name>
+    weights:str=None, # '', pretrained, efficientnet-lite0, or a file
+    stage1_epochs:int=None, # Epochs of plain training before all arms; the arm ral needs some
+    stage1_lr:float=None, # Its peak rate
+    epochs:int=None, # Epochs of every arm
+    body_lr:float=None, # The body's rate as a share of the head's
+    taps:str=None, # Taps that count in the FMCS loss
+    oracle:str=None, # File of a universal oracle, for ral-universal
+    threads:int=None, # Torch threads of a run
+    jobs:int=1, # Runs at a time
+    shard:str='1/1', # Do a share of the runs, such as 2/4 on the second of four machines
+    report:store_true=False, # Only print and write the table of what is there
+    merge:str=None, # First take over the finished runs of this other folder
+):
+    "Does RAL help this network on these images? A study with controls, seeds and intervals"
+    given = {k:v for k,v in locals().items() if k not in ('out', 'preset', 'jobs', 'shard', 'report', 'merge')}
+    def run():
+        from fmce_fastai.study import Study, merge_studies, presets, run_study, table_text, write_report
+        folder,known = Path(out),presets()
+        try: i,n = map(int, shard.split('/'))
+        except ValueError as e: raise CommandError(f"--shard is {shard!r}; give two numbers such as 2/4.") from e
+        if not 1 <= i <= n: raise CommandError(f"--shard is {shard!r}; the first number goes from 1 to the second.")
+        if jobs < 1: raise CommandError(f"--jobs is {jobs}; it must be at least 1.")
+        if preset not in known: raise CommandError(f"--preset is {preset!r}; known are {', '.join(known)}.")
+        there = sorted(p.parent for p in [*folder.glob('study.json'), *folder.glob('*/study.json')])
+        if (report or merge) and not there: raise CommandError(f"--out {out} holds no study.")
+        if there and not any(v is not None for v in given.values()): studies = {p:None for p in there}
+        else:
+            made = {name:_changed_study(s, given) for name,s in known[preset].items()}
+            studies = {folder/name if len(made) > 1 else folder:s for name,s in made.items()}
+        for where,study in studies.items():
+            if merge:
+                other = Path(merge)/where.relative_to(folder)
+                print(f"{merge_studies(where, other)} runs came from {other}", flush=True)
+            table = write_report(where) if report or merge else run_study(study, where, jobs, (i-1, n), sys.stdout.isatty())
+            print(table_text(Study.load(where), table) + f"\n\nEverything is in {where}\n", flush=True)
+    _plain_command('fmce_study', run, ['out', 'preset', 'jobs', 'shard', *given])

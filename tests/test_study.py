@@ -1,0 +1,249 @@
+"Contracts of studies: matched budgets, planted effects, runs that survive being killed, statistics against their written formulas."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.mixup import MixUp
+from fastai.vision.augment import RandomErasing
+from scipy import stats
+
+from fmce_fastai import study as module
+from fmce_fastai.study import ARMS, Job, Noted, StepSeeds, Study, StudyError, chosen, compare, final_jobs, has_alpha, merge_studies, parts, presets, read_rows, run_study, table_text, tuning_jobs, verdict, write_report
+from fmce_fastai.data import digits_dls
+from helpers import make_learner
+
+TINY = dict(n_train=96, n_eval=100, size=16, bs=32, epochs=1, seeds=(0, 1, 2))
+
+
+@pytest.fixture
+def arm(monkeypatch):
+    "Adds an arm for one test."
+    def add(name, fn): monkeypatch.setitem(ARMS, name, fn)
+    return add
+
+def quiet(study, folder, **kwargs): return run_study(study, folder, bar=False, **kwargs).set_index("arm")
+
+def row(arm="plain", seed=0, accuracy=.9, phase="final", alpha=0., lr=3e-3, **kwargs):
+    return dict(dict(phase=phase, arm=arm, alpha=alpha, lr=lr, seed=seed, accuracy=accuracy, steps=3, batches="b", start="s", images=100), **kwargs)
+
+
+# Matched budgets ---------------------------------------------------------------------------------------------------
+def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tmp_path):
+    "All arms that need no stage 1, with an architecture that has dropout."
+    names = [n for n in ARMS if n != "ral"]
+    run_study(Study(tuple(names), (.5,), "ral-universal", arch="test_vit", **{**TINY, "size": 64, "n_train": 64, "n_eval": 20, "seeds": (0,)}), tmp_path, bar=False)
+    rows = read_rows(tmp_path)
+    assert len(rows) == len(names) and {r["steps"] for r in rows} == {2}
+    for key in ("start", "batches"): assert len({r[key] for r in rows}) == 1
+    assert len({r["loss"] for r in rows}) > len(names) - 2  # and yet they are different ways of training
+
+@pytest.mark.parametrize("cbs", [[], [MixUp()]])
+def test_an_arm_that_draws_numbers_sees_the_same_augmented_batches(cbs):
+    "Random erasing draws from the global generators when a batch is made, as MixUp and dropout do when it is used."
+    def digest(cbs, seeds):
+        noted = Noted()
+        learn = make_learner(dls=digits_dls(size=16, bs=16, n_train=64, augment=[RandomErasing(p=1.)]), cbs=[noted, *seeds, *cbs])
+        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        return noted.digest.hexdigest()
+    assert digest(cbs, [StepSeeds(3)]) == digest([], [StepSeeds(3)]) != digest([], [StepSeeds(4)])
+    if cbs: assert digest(cbs, []) != digest([], [])  # without, it does not
+
+def test_one_step_more_or_less_is_found(tmp_path, arm):
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter == 2: raise CancelFitException
+    arm("short", lambda study, alpha, seed, folder: dict(cbs=[Stop()]))
+    with pytest.raises(StudyError, match="number of steps of 'short' \\(2\\) and 'plain' \\(3\\)"): quiet(Study(("plain", "short"), primary="short", **TINY), tmp_path)
+
+def test_other_batches_and_other_weights_are_found():
+    study = Study(("plain", "scaled"), primary="scaled", seeds=(0,))
+    for key, words in (("batches", "batches"), ("start", "start weights"), ("images", "images judged on")):
+        with pytest.raises(StudyError, match=words): compare(study, [row(), row("scaled", alpha=.9, **{key: "other"})])
+
+
+# Null and planted --------------------------------------------------------------------------------------------------
+def test_two_names_for_one_arm_are_identical(tmp_path, arm):
+    arm("again", ARMS["plain"])
+    t = quiet(Study(("plain", "again"), primary="again", **TINY), tmp_path)
+    assert t.note["again"] == "identical" and t.difference["again"] == 0 and "identical in all 3 seeds" in verdict(t.reset_index().query("role == 'primary'").iloc[0])
+
+def test_a_leak_is_found_to_gain_and_a_harm_to_harm(tmp_path, arm):
+    class Leak(Callback):
+        "Trains on test images after the fit."
+        def after_fit(self):
+            dl = self.dls.loaders[2].new(bs=300)
+            x, y = (t.as_subclass(torch.Tensor) for t in next(iter(dl)))
+            opt = torch.optim.Adam(self.model.parameters(), 3e-3)
+            self.model.train()
+            for _ in range(25):
+                opt.zero_grad(); torch.nn.functional.cross_entropy(self.model(x), y).backward(); opt.step()
+    class Ruin(Callback):
+        def after_fit(self):
+            with torch.no_grad():
+                for p in self.model.parameters(): p.mul_(.1).add_(torch.randn_like(p)*.3)
+    arm("leak", lambda study, alpha, seed, folder: dict(cbs=[Leak()]))
+    arm("ruin", lambda study, alpha, seed, folder: dict(cbs=[Ruin()]))
+    study = Study(("plain", "leak", "ruin"), primary="leak", **{**TINY, "n_train": 320, "epochs": 2})
+    t = quiet(study, tmp_path)
+    assert t.low["leak"] > 0 and t.above["leak"] == 3 and "helps here" in table_text(study, t.reset_index())
+    assert t.high["ruin"] < 0 and t.below["ruin"] == 3
+    assert "harms here" in verdict(t.reset_index().query("arm == 'ruin'").iloc[0])
+
+
+# Choices -----------------------------------------------------------------------------------------------------------
+def test_choices_are_made_on_the_validation_split_and_the_test_split_is_read_for_the_final_table_only(tmp_path):
+    study = Study(("plain", "scaled"), (.2, .5), "scaled", **{**TINY, "seeds": (0,)}, lrs=(1e-4, 1e-2))
+    quiet(study, tmp_path)
+    rows = read_rows(tmp_path)
+    tune, final = [r for r in rows if r["phase"] == "tune"], [r for r in rows if r["phase"] == "final"]
+    assert len(tune) == 2 + 2*2 == len(tuning_jobs(study)) and len(final) == 1 + 2
+    assert {r["split"] for r in tune} == {"validation"} and {r["split"] for r in final} == {"test"} and {r["seed"] for r in tune} == {100}
+    best = max((r for r in tune if r["arm"] == "plain"), key=lambda r: (r["accuracy"], -r["lr"]))
+    assert next(r for r in final if r["arm"] == "plain")["lr"] == best["lr"]
+
+def test_the_better_rate_and_alpha_are_chosen_and_nothing_is_decided_early():
+    study = Study(("plain", "scaled"), (.2, .5), "scaled", lrs=(1e-3, 1e-2), tune_seeds=(100, 101))
+    acc = {("plain", 0., 1e-3): .8, ("plain", 0., 1e-2): .8, ("scaled", .2, 1e-3): .5, ("scaled", .2, 1e-2): .6, ("scaled", .5, 1e-3): .9, ("scaled", .5, 1e-2): .7}
+    rows = [row(a, s, v, "tune", al, lr) for (a, al, lr), v in acc.items() for s in (100, 101)]
+    rates, alphas = chosen(study, rows)
+    assert rates == {("plain", 0.): 1e-3, ("scaled", .2): 1e-2, ("scaled", .5): 1e-3} and alphas == {"plain": 0., "scaled": .5}
+    assert {(j.arm, j.alpha, j.lr) for j in final_jobs(study, rows)} == {("plain", 0., 1e-3), ("scaled", .2, 1e-2), ("scaled", .5, 1e-3)}
+    rates, alphas = chosen(study, rows[:-1])
+    assert ("scaled", .5) not in rates and "scaled" not in alphas
+
+@pytest.mark.parametrize("kwargs, words", [(dict(seeds=(0, 100)), "no evidence"), (dict(arms=("plain", "rla")), "Unknown arm 'rla'"), (dict(arms=("plain", "ral"), primary="ral"), "stage1_epochs"), (dict(primary="ral"), "must be one of the arms"),
+                                           (dict(epochs=0), "at least 1"), (dict(lrs=()), "one or more"), (dict(lrs=(-1.,)), "positive"), (dict(alphas=(2.,)), "alpha is 2"), (dict(lrs=(1e-3, 1e-2), tune_seeds=()), "no tune_seeds")])
+def test_what_does_not_go_together_is_said(kwargs, words):
+    with pytest.raises(ValueError, match=words): Study(**kwargs)
+
+
+# Statistics --------------------------------------------------------------------------------------------------------
+def planted(differences, arms=("scaled",), alphas=(.9,)):
+    rows = []
+    for s in range(len(next(iter(differences.values())))):
+        rows.append(row(seed=s, accuracy=.8))
+        rows += [row(a, s, .8 + d[s]/100, alpha=alphas[0] if has_alpha(a) else 0.) for a, d in differences.items()]
+    return rows
+
+def test_interval_and_p_are_those_of_the_paired_t_test():
+    d = {"scaled": [.5, 1.5, -.2, .9, 2.]}
+    t = compare(Study(("plain", "scaled"), primary="scaled", seeds=range(5)), planted(d)).set_index("arm").loc["scaled"]
+    x = np.array(d["scaled"])
+    half = stats.t.ppf(.975, 4)*x.std(ddof=1)/5**.5
+    assert np.allclose([t.difference, t.low, t.high], [x.mean(), x.mean()-half, x.mean()+half])
+    assert np.isclose(t.p, stats.ttest_rel(x, 0*x).pvalue) and np.isnan(t.p_holm) and t.role == "primary" and (t.above, t.below) == (4, 1)
+
+def test_holm_by_hand_and_the_primary_is_not_corrected():
+    d = {"scaled": [.5, 1.5, -.2, .9, 2.], "mixup": [.1, .2, .1, .3, .2], "label-smoothing": [.1, -.2, .1, .0, .2], "lr-scaled": [1., 1.1, .9, 1., 1.05]}
+    t = compare(Study(("plain", *d), primary="scaled", seeds=range(5)), planted(d)).set_index("arm")
+    rest = t[t.role == "exploratory"].sort_values("p")
+    want = np.maximum.accumulate([min(1, p*(3-i)) for i, p in enumerate(rest.p)])
+    assert len(rest) == 3 and np.allclose(rest.p_holm, want)
+
+def test_needed_seeds_reach_the_power():
+    "The number of seeds by noncentral t: 80 % with it, less with one fewer."
+    d = {"scaled": [.5, 1.5, -.2, .9, 2., -.7]}
+    t = compare(Study(("plain", "scaled"), primary="scaled", seeds=range(6)), planted(d)).set_index("arm").loc["scaled"]
+    def power(n):
+        effect, crit = 1/np.std(d["scaled"], ddof=1)*n**.5, stats.t.ppf(.975, n-1)
+        return stats.nct.sf(crit, n-1, effect) + stats.nct.cdf(-crit, n-1, effect)
+    assert power(int(t.needed)) >= .8 > power(int(t.needed)-1)
+
+def test_one_seed_and_no_variance_are_not_evidence():
+    one = compare(Study(("plain", "scaled"), primary="scaled", seeds=(0,)), planted({"scaled": [3.]}))
+    assert np.isnan(one.low).all() and "no evidence" in verdict(one.iloc[1])
+    same = compare(Study(("plain", "scaled"), primary="scaled"), planted({"scaled": [0., 0., 0.]}))
+    assert same.note.iloc[1] == "identical"
+
+def test_partial_tables(tmp_path):
+    study = Study(("plain", "scaled"), primary="scaled", **TINY)
+    study.save(tmp_path)
+    assert write_report(tmp_path).seeds.tolist() == [0, 0] and "exploratory" not in (tmp_path/"table.txt").read_text()
+    module.run_job(tmp_path, final_jobs(study, [])[0])
+    assert write_report(tmp_path).seeds.tolist() == [1, 0]
+
+
+# Runs that last ----------------------------------------------------------------------------------------------------
+def test_killed_five_times_it_ends_with_the_same_table(tmp_path):
+    "Killed with all its processes, each time a little after another run has finished; it ends in two processes."
+    study = Study(("plain", "scaled", "ral-universal"), primary="ral-universal", **{**TINY, "seeds": (0, 1)})
+    quiet(study, tmp_path/"whole")
+    study.save(tmp_path/"killed")
+    finished = lambda: {f: f.stat().st_mtime_ns for f in (tmp_path/"killed"/"runs").glob("[!.]*.json")}
+    code = f"from fmce_fastai.study import run_study; run_study(None, {str(tmp_path/'killed')!r}, bar=False)"
+    rng = random.Random(0)
+    for _ in range(5):
+        p, n, limit = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], start_new_session=True, stderr=subprocess.DEVNULL), len(finished()), time.time() + 90
+        while len(finished()) == n and p.poll() is None and time.time() < limit: time.sleep(.02)
+        time.sleep(rng.uniform(0, .3))
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+    stamps = finished()
+    assert 0 < len(stamps)
+    quiet(None, tmp_path/"killed", jobs=2)
+    assert len(read_rows(tmp_path/"killed")) == 6 and stamps.items() <= finished().items()  # finished runs are not done again
+    assert (tmp_path/"whole"/"table.csv").read_text() == (tmp_path/"killed"/"table.csv").read_text()
+
+def test_shards_are_merged_to_the_whole(tmp_path):
+    study = Study(("plain", "scaled"), primary="scaled", **{**TINY, "seeds": (0, 1)})
+    quiet(study, tmp_path/"whole")
+    for i in (0, 1): run_study(study, tmp_path/f"part{i}", shard=(i, 2), bar=False)
+    assert len(read_rows(tmp_path/"part0")) == len(read_rows(tmp_path/"part1")) == 2
+    assert merge_studies(tmp_path/"part0", tmp_path/"part1") == 2 and merge_studies(tmp_path/"part0", tmp_path/"part1") == 0
+    write_report(tmp_path/"part0")
+    assert (tmp_path/"part0"/"table.csv").read_text() == (tmp_path/"whole"/"table.csv").read_text()
+    replace(study, epochs=2).save(tmp_path/"other")
+    with pytest.raises(StudyError, match="different studies"): merge_studies(tmp_path/"whole", tmp_path/"other")
+
+def test_a_damaged_result_is_named(tmp_path):
+    study = Study(("plain", "scaled"), primary="scaled", **{**TINY, "seeds": (0,)})
+    quiet(study, tmp_path)
+    f = next((tmp_path/"runs").glob("*.json"))
+    f.write_text(f.read_text()[:40])
+    with pytest.raises(StudyError, match=f"{f.name} cannot be read.*Delete it"): run_study(None, tmp_path, bar=False)
+    f.unlink()
+    assert len(quiet(None, tmp_path)) == 2
+    with pytest.raises(StudyError, match="holds another study: n_train is 96 there and 97 here"): run_study(replace(study, n_train=97), tmp_path, bar=False)
+
+def test_stage_1_is_trained_once_and_its_oracle_used(tmp_path, monkeypatch):
+    import fmce_fastai.fit_oracle as fitting
+    whole = fitting.fit_oracle
+    monkeypatch.setattr(fitting, "fit_oracle", lambda *a, **k: whole(*a, n_epochs=1, **k))  # how good it is plays no role here
+    study = Study(("plain", "ral", "placebo"), (.5,), "ral", **{**TINY, "n_train": 200, "seeds": (0,)}, stage1_epochs=5)
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quiet(study, tmp_path)
+    assert sorted(p.name for p in (tmp_path/"start").iterdir()) == ["0.json", "0.oracle.safetensors", "0.safetensors"]
+    rows = {r["arm"]: r for r in read_rows(tmp_path)}
+    assert rows["ral"]["acted"] == rows["ral"]["steps"] == rows["placebo"]["acted"] and rows["plain"]["acted"] is None
+
+def test_joined_arms_and_presets():
+    assert parts("ral-universal+mixup") == ["ral-universal", "mixup"] and has_alpha("ral-universal+mixup") and not has_alpha("mixup+label-smoothing")
+    known = presets()
+    assert len(known["paper"]) == 8 and {s.arch for s in known["paper"].values()} == {"resnet50", "torchvision.shufflenet_v2_x1_0"} and {s.data for s in known["paper"].values()} == {"mnist", "fashion_mnist", "cifar10", "cifar100"}
+    assert all(s.alphas == (.7, .75, .8, .85, .9, .95) and len(s.seeds) == 5 for s in known["paper"].values())
+    for studies in known.values():
+        for s in studies.values(): assert not set(s.seeds) & set(s.tune_seeds) and tuning_jobs(s) + final_jobs(s, []) != []
+
+def test_the_command(tmp_path, capsys):
+    from fmce_fastai.cli import fmce_study
+    args = dict(arms="plain,scaled", seeds="0-1", n_train=96, n_eval=50, size=16, epochs=1)
+    fmce_study(str(tmp_path/"s"), **args)
+    out = capsys.readouterr().out
+    assert "Primary contrast: scaled" in out and (tmp_path/"s"/"differences.png").stat().st_size > 5_000
+    fmce_study(str(tmp_path/"s"), report=True)
+    assert "Primary contrast: scaled" in capsys.readouterr().out
+    for kwargs, words in ((dict(shard="3/2"), "--shard"), (dict(preset="none"), "few-images"), (dict(report=True, out=str(tmp_path/"none")), "holds no study"), (dict(seeds="a"), "--seeds is 'a'"), (dict(args, epochs=2), "holds another study")):
+        with pytest.raises(SystemExit): fmce_study(**{"out": str(tmp_path/"s"), **kwargs})
+        assert words in capsys.readouterr().err
