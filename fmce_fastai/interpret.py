@@ -11,8 +11,10 @@ __all__ = ['fmcs_over_training', 'plot_fmcs', 'fmce_report', 'class_labels']
 import numpy as np
 import pandas as pd
 
-from .fit_oracle import module_colors, score_dataset
 import torch
+
+from .callback import class_targets
+from .fit_oracle import module_colors, score_dataset
 
 from .oracle import FMCENet
 from .recorder import MODES, FMCSDataset, _read_batches, undisturbed
@@ -108,5 +110,5 @@ def class_labels(
     ys:list, # The targets of each batch
 ) -> torch.Tensor|None: # (N,)
     "The targets, if they are one class label per image, else None."
-    ok = all(isinstance(y, torch.Tensor) and y.ndim == 1 and not y.is_floating_point() and y.dtype != torch.bool for y in ys)
-    return torch.cat([y.as_subclass(torch.Tensor).cpu() for y in ys]) if ok else None
+    found = [class_targets((y,)) for y in ys]
+    return None if any(y is None for y in found) else torch.cat([y.cpu() for y in found])

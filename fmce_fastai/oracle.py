@@ -6,8 +6,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.html.md"""
 
 # %% auto #0
 __all__ = ['N_KERNELS', 'V0', 'Scores', 'OracleError', 'OracleFileError', 'FMCENet', 'FittedFMCENet', 'gram_views', 'kernels',
-           'u_center', 'same_class', 'debiased_alignment', 'class_alignment', 'class_share', 'similarity_moments',
-           'UniversalFMCENet', 'tensors_sha256']
+           'u_center', 'same_class', 'has_company', 'debiased_alignment', 'class_alignment', 'class_share',
+           'similarity_moments', 'UniversalFMCENet', 'tensors_sha256']
 
 # %% ../nbs/02_oracle.ipynb #190c5700
 import copy
@@ -212,6 +212,13 @@ def same_class(
     if targets.ndim == 1: return (targets[:,None] == targets).float()
     return targets.float() @ targets.float().T
 
+def has_company(
+    same:torch.Tensor, # (n, n) from `same_class`
+) -> torch.Tensor: # (n,) bool
+    "Has an image another of its class in the batch, and one of another class? Shares add up: half an image counts."
+    others = 1 - torch.eye(len(same), device=same.device)
+    return ((same*others).sum(1) >= .5) & (((1-same)*others).sum(1) >= .5)
+
 def debiased_alignment(
     fmap:torch.Tensor, # (B, C, H, W)
     targets:torch.Tensor, # (B,) or (B, C)
@@ -355,9 +362,7 @@ class UniversalFMCENet(FMCENet):
         features,varies = self.features(fmap, same)
         depth = torch.full((n, 1), float(depth), device=fmap.device)
         if same is None: return self._free_logits(*features, depth), varies.expand(n)
-        others = 1 - torch.eye(n, device=fmap.device)
-        partners = ((same*others).sum(1) >= .5) & (((1-same)*others).sum(1) >= .5)
-        return self.labelled(torch.cat(features, -1), depth), varies & partners
+        return self.labelled(torch.cat(features, -1), depth), varies & has_company(same)
 
     def features(self,
         fmap:torch.Tensor, # (n, C, H, W), finite
@@ -368,8 +373,8 @@ class UniversalFMCENet(FMCENet):
         k = kernels(grams)
         return (_labelled_features(k, u_center(k), same) if same is not None else _free_features(k, u_center(k), share)), varies
 
-    def _free_logits(self, moments, rows, share, depth):
-        return self.free(((torch.cat([moments, rows, share, depth], -1) - self.free_mean)/self.free_std).clamp(-4, 4))
+    def _free_logits(self, *features):
+        return self.free(((torch.cat(features, -1) - self.free_mean)/self.free_std).clamp(-4, 4))
 
     def _spec(self): return {**super()._spec(), 'width':self.width, 'free_width':self.free_width, 'min_batch':self.min_batch}
     @classmethod

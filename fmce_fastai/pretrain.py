@@ -28,7 +28,7 @@ from torch import nn
 
 from . import __version__
 from .convergence import level_targets, smooth_losses
-from .oracle import UniversalFMCENet, _free_features, _labelled_features, kernels, same_class, u_center
+from .oracle import UniversalFMCENet, _free_features, _labelled_features, has_company, kernels, same_class, u_center
 from .recorder import MODES, snapshot_steps, undisturbed
 from .taps import FeatureTap, pool_map, tap_plan
 
@@ -449,9 +449,7 @@ def batch_features(
         free.append(torch.cat(_free_features(k, u, sh), -1).half())
         uc = u_center(g)
         cka.append((uc*v).sum((-1,-2))/((uc*uc).sum((-1,-2))*(v*v).sum()).clamp(min=1e-20).sqrt())
-    others = 1 - torch.eye(len(y))
-    has = ((same*others).sum(1) >= .5) & (((1-same)*others).sum(1) >= .5)
-    return dict(lab=torch.stack(lab), free=torch.stack(free), has=has, cka=torch.stack(cka))
+    return dict(lab=torch.stack(lab), free=torch.stack(free), has=has_company(same), cka=torch.stack(cka))
 
 def tabulate(
     folder, # Where the runs are
@@ -557,8 +555,7 @@ def judge_scores(oracle, table, run):
         d = depth.expand(m, q, 1)[None].expand(s, m, q, 1)
         mean = lambda logits, ok: (logits.softmax(-1) @ oracle.levels)[:,:,ok].mean(-1).numpy()
         out['labelled'].append(mean(oracle.labelled(f['lab'].float(), d), f['has']))
-        x = torch.cat([f['free'].float(), d], -1)
-        out['free'].append(mean(oracle.free(((x - oracle.free_mean)/oracle.free_std).clamp(-4, 4)), torch.ones(q, dtype=torch.bool)))
+        out['free'].append(mean(oracle._free_logits(f['free'].float(), d), torch.ones(q, dtype=torch.bool)))
         out['cka_means'].append(f['cka'][...,0].numpy())
         out['cka_map'].append(f['cka'][...,1].numpy())
     return {k:np.mean(v, 0) for k,v in out.items()}

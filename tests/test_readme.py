@@ -1,4 +1,5 @@
 "The README's example runs as it stands, but for its length, and the names it needs are in `fmce_fastai.all`."
+import json
 import re
 import subprocess
 import sys
@@ -35,11 +36,23 @@ def test_all_is_light_and_named():
     assert not any(hasattr(getattr(everything, n), "__path__") for n in everything.__all__)
 
 
-@pytest.mark.parametrize("name", ["overhead", "oracles", "architectures", "gains", "universal", "untrained"])
-def test_figures_are_those_of_the_benchmarks(name):
+@pytest.fixture(scope="module")
+def figures():
     sys.path.insert(0, str(ROOT / "tools"))
     try: import figures
     finally: sys.path.pop(0)
+    return figures
+
+
+@pytest.mark.parametrize("name", ["groups", "ablations", "in_a_loss"])
+def test_tables_of_the_pages_are_those_of_the_benchmarks(figures, name):
+    make, notebook = figures.PAGES[name]
+    text = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs" / f"{notebook}.ipynb").read_text())["cells"])
+    assert len(make().splitlines()) > 2 and make() in text, f"python tools/figures.py prints another table:\n{make()}"
+
+
+@pytest.mark.parametrize("name", ["overhead", "oracles", "architectures", "gains", "universal", "untrained"])
+def test_figures_are_those_of_the_benchmarks(figures, name):
     table = figures.TABLES[name]()
     assert len(table.splitlines()) > 2, "no benchmark file was found"
     assert table in (ROOT / "README.md").read_text(), f"python tools/figures.py prints another table:\n{table}"

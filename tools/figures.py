@@ -105,7 +105,36 @@ def untrained():
     return table(["labels", "batch norm's statistics", "AUC, the stage intact against drawn anew", "the right stage is the first to fall", "networks"], rows)
 
 
+def groups():
+    "Every family, source and task that was left out."
+    found, number = {}, lambda v: f"{float(v):.2f}" if v else "-"
+    for r in rows_of("universal_oracle"):
+        if r["left_out"] != "all": found.setdefault((r["by"], r["left_out"]), {})[r["score"]] = r
+    rows = [[by, name, g["labelled"]["runs_with_rho"], *(number(g[k]["rho"]) for k in ("labelled", "cka_map", "cka_means", "free")), number(g["labelled"]["rho_last"]), number(g["labelled"]["mae"]), number(g["free"]["mae"])] for (by, name), g in found.items()]
+    return table(["by", "left out", "runs with a rho", "rho with labels", "rho of CKA, map", "rho of CKA, means", "rho without labels", "rho with labels, last module", "MAE with labels", "MAE without"], rows)
+
+
+def ablations():
+    "The labelled net without one of its parts."
+    rows = [[r["variant"], f"{float(r['rho']):.3f} ({float(r['rho_low']):.2f} to {float(r['rho_high']):.2f})", f"{float(r['rho_last']):.3f}", f"{float(r['mae']):.3f}"] for r in rows_of("ablations")]
+    return table(["variant", "rho, all modules (95 % interval over runs)", "rho, last module", "MAE"], rows)
+
+
+def in_a_loss():
+    "Few images, validation split: what a part of the score is worth in a loss."
+    found = {}
+    for r in rows_of("few_images"):
+        if r["split"] == "valid" and r["lr"] == "0.001": found.setdefault((r["arm"], r["alpha"]), {})[r["seed"]] = float(r["accuracy"])
+    rows = [[PARTS[arm], alpha, len(v), f"{100 * statistics.mean(v.values()):.1f}"] for (arm, alpha), v in sorted(found.items())]
+    return table(["loss", "alpha", "seeds", "validation accuracy, %"], rows)
+
+
+PARTS = {"plain": "task loss alone", "ral": "RAL, universal oracle", "ral_no_share": "RAL, universal oracle without class shares", "align": "plain alignment (CKA) as a loss, no oracle"}
+
+# Tables on the pages of notebooks: name -> (function, notebook)
+PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain")}
+
 TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures, "gains": gains, "universal": universal, "untrained": untrained}
 
 if __name__ == "__main__":
-    for name, make in TABLES.items(): print(f"{name}\n\n{make()}\n")
+    for name, make in {**TABLES, **{n: m for n, (m, _) in PAGES.items()}}.items(): print(f"{name}\n\n{make()}\n")
