@@ -1,5 +1,4 @@
 "Contracts of studies: matched budgets, planted effects, runs that survive being killed, statistics against their written formulas."
-import json
 import os
 import random
 import signal
@@ -9,7 +8,6 @@ import time
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
@@ -18,7 +16,7 @@ from fastai.vision.augment import RandomErasing
 from scipy import stats
 
 from fmce_fastai import study as module
-from fmce_fastai.study import ARMS, Job, Noted, StepSeeds, Study, StudyError, chosen, compare, final_jobs, has_alpha, merge_studies, parts, presets, read_rows, run_study, table_text, tuning_jobs, verdict, write_report
+from fmce_fastai.study import ARMS, NormEval, Noted, StepSeeds, Study, StudyError, chosen, compare, final_jobs, has_alpha, merge_studies, parts, presets, read_rows, run_study, table_text, tuning_jobs, verdict, write_report
 from fmce_fastai.data import digits_dls
 from helpers import make_learner
 
@@ -70,6 +68,14 @@ def test_other_batches_and_other_weights_are_found():
     for key, words in (("batches", "batches"), ("start", "start weights"), ("images", "images judged on")):
         with pytest.raises(StudyError, match=words): compare(study, [row(), row("scaled", alpha=.9, **{key: "other"})])
 
+
+def test_norms_in_eval_mode_train_their_weights_and_use_no_batch_statistics():
+    "fastai's BnFreeze leaves norm layers alone whose weights train."
+    learn = make_learner(cbs=NormEval())
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    after = learn.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) == ("running" in k or "tracked" in k) for k in after)
 
 # Null and planted --------------------------------------------------------------------------------------------------
 def test_two_names_for_one_arm_are_identical(tmp_path, arm):

@@ -67,21 +67,21 @@ def difference(values):
 
 
 SETTINGS = {"scratch": "resnet18 from a random start, 10,000 images, 32 px, 3 epochs", "pretrained": "EfficientNet-Lite0 with ImageNet weights, 2,000 images, 64 px, 2 epochs"}
-FEW = "EfficientNet-Lite0 with ImageNet weights, 200 images, 48 px, 20 epochs"
+FEW = {"eval": "EfficientNet-Lite0 with ImageNet weights, 200 images, 48 px, 20 epochs, batch norm in eval mode", "train": "the same, batch norm in training mode"}
 ARMS = {"ral": "RAL, universal oracle", "align": "plain alignment (CKA) as a loss, no oracle", "scaled": "task loss times (1-alpha)"}
 
 
 def gains():
     "Paired differences to plain training on FashionMNIST, test split."
     rows = []
-    for source, key in ((rows_of("headline"), "setting"), ([r for r in rows_of("few_images") if r["split"] == "test"], None)):
-        for setting in dict.fromkeys(r[key] if key else FEW for r in source):
-            of = [r for r in source if not key or r[key] == setting]
+    for source, key in ((rows_of("headline"), "setting"), ([r for r in rows_of("few_images") if r["split"] == "test"], "norms")):
+        for setting in sorted({r[key] for r in source}, key=list({**SETTINGS, **FEW}).index):
+            of = [r for r in source if r[key] == setting]
             plain = {r["seed"]: float(r["accuracy"]) for r in of if r["arm"] == "plain"}
             for arm, alpha in sorted({(r["arm"], r["alpha"]) for r in of if r["arm"] != "plain"}, key=str, reverse=True):
                 own = {r["seed"]: float(r["accuracy"]) for r in of if (r["arm"], r["alpha"]) == (arm, alpha)}
                 both = [k for k in own if k in plain]
-                rows.append([SETTINGS.get(setting, setting), ARMS[arm], alpha, f"{100 * statistics.mean(plain[k] for k in both):.1f}", f"{100 * statistics.mean(own[k] for k in both):.1f}", difference([100 * (own[k] - plain[k]) for k in both])])
+                rows.append([{**SETTINGS, **FEW}[setting], ARMS[arm], alpha, f"{100 * statistics.mean(plain[k] for k in both):.1f}", f"{100 * statistics.mean(own[k] for k in both):.1f}", difference([100 * (own[k] - plain[k]) for k in both])])
     return table(["setting", "loss", "alpha", "plain, %", "with it, %", "difference in points (95 % interval), paired over seeds"], rows)
 
 
@@ -121,10 +121,10 @@ def ablations():
 
 
 def in_a_loss():
-    "Few images, validation split: what a part of the score is worth in a loss."
+    "Few images, validation split, batch norm in training mode: what a part of the score is worth in a loss."
     found = {}
     for r in rows_of("few_images"):
-        if r["split"] == "valid" and r["lr"] == "0.001": found.setdefault((r["arm"], r["alpha"]), {})[r["seed"]] = float(r["accuracy"])
+        if r["split"] == "valid" and r["norms"] == "train" and r["lr"] == "0.001": found.setdefault((r["arm"], r["alpha"]), {})[r["seed"]] = float(r["accuracy"])
     rows = [[PARTS[arm], alpha, len(v), f"{100 * statistics.mean(v.values()):.1f}"] for (arm, alpha), v in sorted(found.items())]
     return table(["loss", "alpha", "seeds", "validation accuracy, %"], rows)
 
