@@ -62,7 +62,7 @@ class Study:
     epochs:int=4               # of every arm
     lrs:tuple=(3e-3,)          # peak rates tried for every arm; more than one: chosen on the validation split
     body_lr:float=1.           # the body's rate as a share of the head's
-    freeze_norm:bool=False     # batch norm in eval mode
+    freeze_norm:bool=False     # the body's batch norm in eval mode
     seeds:tuple=(0, 1, 2)      # of the final table
     tune_seeds:tuple=(100,)    # of the choices
     oracle:str=''              # universal oracle for `ral-universal`: a file; '': the shipped one
@@ -245,8 +245,9 @@ class Noted(Callback):
 class NormEval(Callback):
     "Normalisation layers in eval mode in training, their weights trainable or not: with few images batch statistics are noise. (fastai's `BnFreeze` does so for layers that do not train only.)"
     run_after,run_valid = TrainEvalCallback,False
+    def __init__(self, body=False): self.body = body  # only those of `vision_learner`'s body: a new head has no statistics yet
     def before_train(self):
-        for m in self.model.modules():
+        for m in (self.model[0] if self.body else self.model).modules():
             if isinstance(m, norm_types): m.eval()
 
 
@@ -344,7 +345,7 @@ def _fit(learn, study, epochs, lr, seed, cbs):
     import fastai.callback.schedule  # gives Learner its `fit_one_cycle`
     noted = Noted()
     learn.dls.loaders[1] = learn.dls.valid.new(n=min(study.bs, len(learn.dls.valid.dataset)))  # validation inside the fit is not read
-    cbs = [StepSeeds(seed), noted, *([NormEval()] if study.freeze_norm else []), *cbs]
+    cbs = [StepSeeds(seed), noted, *([NormEval(body=True)] if study.freeze_norm else []), *cbs]
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, _rates(study, lr), cbs=cbs)
     return noted
 

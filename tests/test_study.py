@@ -77,6 +77,15 @@ def test_norms_in_eval_mode_train_their_weights_and_use_no_batch_statistics():
     after = learn.model.state_dict()
     assert all(torch.equal(before[k], after[k]) == ("running" in k or "tracked" in k) for k in after)
 
+def test_a_study_freezes_the_norms_of_the_body_only(tmp_path, arm):
+    seen = {}
+    class Look(Callback):
+        def before_batch(self):
+            if self.training: seen.update({n: m.training for n, m in self.model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)})
+    arm("look", lambda study, alpha, seed, folder: dict(cbs=[Look()]))
+    quiet(Study(("plain", "look"), primary="look", **{**TINY, "seeds": (0,)}, freeze_norm=True), tmp_path)
+    assert {n[0] for n in seen} == {"0", "1"} and all(t == n.startswith("1") for n, t in seen.items())
+
 # Null and planted --------------------------------------------------------------------------------------------------
 def test_two_names_for_one_arm_are_identical(tmp_path, arm):
     arm("again", ARMS["plain"])
