@@ -422,7 +422,7 @@ def run_job(
         noted = _fit(learn, study, study.epochs, lr, job.seed, cbs)
     with learn.no_bar(): p,y = learn.get_preds(dl=dl)
     acted = next((int(h[h.module == h.module.iloc[-1]].acted.sum()) for cb in cbs if isinstance(cb, FMCECallback) and len(h := cb.history)), None)
-    row = dict(asdict(job), split=split, accuracy=float((p.argmax(1) == y).float().mean()), loss=float(F.nll_loss(p.clamp(min=1e-12).log(), y)), images=len(y), steps=noted.steps, acted=acted,
+    row = dict(asdict(job), split=split, accuracy=float((p.argmax(1) == y).float().mean()), loss=float(F.nll_loss(p.clamp(min=1e-12).log(), y)), images=len(y), guess=float(y.bincount().max()/len(y)), steps=noted.steps, acted=acted,
                batches=noted.digest.hexdigest()[:16], start=_read_json(folder/'start'/f'{job.seed}.json')['sha256'][:16], seconds=round(time.perf_counter()-begun, 2), threads=study.threads, device=str(next(learn.model.parameters()).device),
                fmce_fastai=__version__, torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__)
     _write_json(job.path(folder), row)
@@ -563,6 +563,8 @@ def compare(
                     row.update(low=low, high=high, p=float(stats.ttest_1samp(d, 0).pvalue), needed=int(np.ceil(max(2, _seeds_for(TTestPower(), 1/sd)))))
                 row['role'] = 'primary' if arm == study.primary and a == alphas.get(arm) else 'exploratory'
             table.append(row)
+    guess = 100*max((r.get('guess', 0.) for r in rows if r['phase'] == 'final'), default=0.)
+    if table[0]['accuracy'] < 1.5*guess: table[0]['note'] = f"hardly better than guessing ({guess:.1f} %)"
     t = pd.DataFrame(table, columns=['arm', 'alpha', 'lr', 'seeds', 'accuracy', 'difference', 'low', 'high', 'above', 'below', 'p', 'p_holm', 'role', 'needed', 'note'])
     rest = t[(t.role == 'exploratory') & t.p.notna()].index
     if len(rest): t.loc[rest, 'p_holm'] = multipletests(t.loc[rest, 'p'].astype(float), method='holm')[1]
@@ -586,7 +588,9 @@ def table_text(
         p = r.p if r.role == 'primary' else r.p_holm
         lines.append(f"{r.arm:<28} {r.alpha:>5g} {r.lr:>7.0e} {r.seeds:>5} {r.accuracy:>7.2f} {diff:>28} {'' if not np.isfinite(r.above) else f'{int(r.above)}/{r.seeds}':>6} {'' if not np.isfinite(p) else f'{p:.3f}':>7} {'' if not np.isfinite(r.needed) else int(r.needed):>6}  {r.role}")
     first = table[table.role == 'primary']
-    if len(first) and np.isfinite(first.difference.iloc[0]): lines += ['', verdict(first.iloc[0])]
+    plain = table[table.arm == 'plain'].iloc[0]
+    if plain.note: lines += ['', f"No verdict: plain training is {plain.note}, {plain.accuracy:.1f} %, and a difference to it means nothing. Give it lower rates (lrs), or more epochs or images."]
+    elif len(first) and np.isfinite(first.difference.iloc[0]): lines += ['', verdict(first.iloc[0])]
     if note := _seen_note(study): lines += ['', note]
     lines += ['', "acc.: mean test accuracy. difference: to plain, in points, paired over seeds. p: Holm-corrected but for the primary contrast. needed: seeds by which a study like this would see a gain of 1 point (power 0.8)."]
     return '\n'.join(lines)
@@ -682,5 +686,5 @@ def presets() -> dict: # Name -> {study's name: Study}
     mini = {'digits-test_resnet':Study(_ALL, (.7, .9), 'ral', 'digits', size=32, bs=64, arch='test_resnet', stage1_epochs=8, epochs=3, lrs=(1e-3,), seeds=(0, 1, 2)),
             'fashion_mnist-resnet10t':Study(_ALL, (.7, .9), 'ral', 'fashion_mnist', 'data', n_train=2000, n_eval=2000, size=32, arch='resnet10t', stage1_epochs=6, epochs=2, lrs=(1e-3,), seeds=(0, 1, 2))}
     few = {'few-images':Study(('plain', 'scaled', 'shuffled', 'alignment', 'supcon', 'keep-maps', 'label-smoothing', 'mixup', 'ral-universal'), (.9, .97), 'ral-universal', 'fashion_mnist', 'data', n_train=200, n_eval=1500, size=48, bs=25,
-                              arch='tf_efficientnet_lite0', weights='efficientnet-lite0', epochs=20, lrs=(3e-3, 1e-2), body_lr=.1, freeze_norm=True, seeds=tuple(range(10)), tune_seeds=(100, 101))}
+                              arch='tf_efficientnet_lite0', weights='efficientnet-lite0', epochs=20, lrs=(1e-3, 3e-3), body_lr=.1, freeze_norm=True, seeds=tuple(range(10)), tune_seeds=(100, 101))}
     return {'digits':{'digits':Study()}, 'paper':paper, 'paper-mini':mini, 'few-images':few}

@@ -180,6 +180,13 @@ def test_one_seed_and_no_variance_are_not_evidence():
     same = compare(Study(("plain", "scaled"), primary="scaled"), planted({"scaled": [0., 0., 0.]}))
     assert same.note.iloc[1] == "identical"
 
+def test_a_reference_that_learnt_nothing_gives_no_verdict():
+    study = Study(("plain", "scaled"), primary="scaled", seeds=range(3))
+    rows = [dict(r, guess=.1, accuracy=.12 if r["arm"] == "plain" else .7 + r["seed"]/100) for r in planted({"scaled": [0., 0., 0.]})]
+    text = table_text(study, compare(study, rows))
+    assert "No verdict: plain training is hardly better than guessing (10.0 %), 12.0 %" in text and "helps here" not in text
+    assert "helps here" in table_text(study, compare(study, [dict(r, guess=.05) for r in rows]))
+
 def test_partial_tables(tmp_path):
     study = Study(("plain", "scaled"), primary="scaled", **TINY)
     study.save(tmp_path)
@@ -253,12 +260,12 @@ def test_joined_arms_and_presets():
 
 def test_the_command(tmp_path, capsys):
     from fmce_fastai.cli import fmce_study
-    args = dict(arms="plain,scaled", seeds="0-1", n_train=96, n_eval=50, size=16, epochs=1)
+    args = dict(arms="plain,scaled", alphas="0.5", seeds="0-1", n_train=400, n_eval=100, size=16, epochs=4)
     fmce_study(str(tmp_path/"s"), **args)
     out = capsys.readouterr().out
     assert "Primary contrast: scaled" in out and (tmp_path/"s"/"differences.png").stat().st_size > 5_000
     fmce_study(str(tmp_path/"s"), report=True)
     assert "Primary contrast: scaled" in capsys.readouterr().out
-    for kwargs, words in ((dict(shard="3/2"), "--shard"), (dict(preset="none"), "few-images"), (dict(report=True, out=str(tmp_path/"none")), "holds no study"), (dict(seeds="a"), "--seeds is 'a'"), (dict(args, epochs=2), "holds another study")):
+    for kwargs, words in ((dict(shard="3/2"), "--shard"), (dict(preset="none"), "few-images"), (dict(report=True, out=str(tmp_path/"none")), "holds no study"), (dict(seeds="a"), "--seeds is 'a'"), (dict(args, epochs=5), "holds another study")):
         with pytest.raises(SystemExit): fmce_study(**{"out": str(tmp_path/"s"), **kwargs})
         assert words in capsys.readouterr().err
