@@ -109,7 +109,8 @@ def test_alpha_09_does_not_equal_the_control(finished):
 
 def stop(out, when, sig):
     "Start the command and send it `sig` when its output has `when`; returns its exit status and what it said."
-    p = subprocess.Popen(command(**TINY, out=out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite run in a shell's background hands on an ignored Ctrl-C
+    p = subprocess.Popen(command(**TINY, out=out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     for line in p.stdout:
         if when in line: break
     p.send_signal(sig)
