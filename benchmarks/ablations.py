@@ -5,7 +5,7 @@
 
 One row per variant: rho over all modules of runs that are not spoilt, with its 95 % bootstrap interval over runs, rho of the last module, MAE. Also written: `oracles/universal_without_fashion_no_share.safetensors`, for `few_images.py`'s arm
 `ral_no_share`: what a score's parts are worth in a loss, correlation does not tell."""
-import argparse, copy, csv, warnings
+import argparse, copy, warnings
 from pathlib import Path
 
 import pandas as pd
@@ -65,10 +65,7 @@ def main(folder):
         low, high = interval(sound)
         rows.append(dict(variant=name, rho=round(sound.rho.mean(), 4), rho_low=round(low, 4), rho_high=round(high, 4), rho_last=round(sound[sound["last"]].rho.mean(), 4), mae=round(d.mae.mean(), 4), torch=torch.__version__))
         print(rows[-1], flush=True)
-        with PATH.open("w", newline="") as f:
-            w = csv.DictWriter(f, list(rows[0]))
-            w.writeheader()
-            w.writerows(rows)
+        pd.DataFrame(rows).to_csv(PATH, index=False, na_rep="nan")
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

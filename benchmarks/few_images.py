@@ -14,8 +14,6 @@ import fastai.callback.schedule
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from fastai.basics import Callback
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
@@ -25,42 +23,18 @@ from torch import nn
 from fmce_fastai.callback import FMCECallback
 from fmce_fastai.data import fashion_mnist_dls
 from fmce_fastai.oracle import FMCENet
-from fmce_fastai.study import NormEval
-from fmce_fastai.taps import FeatureTap, tap_plan
+from fmce_fastai.study import ARMS, NormEval, Study
 from untrained_stage import lite0
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"few_images_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
 TAPS = ["blocks.4", "blocks.6"]
+PEERS = {"scaled": "scaled", "align": "alignment"}  # arms of `study`
 ORACLES = {"ral": "universal_without_fashion", "ral_no_share": "universal_without_fashion_no_share"}
 
 
-class Scaled(Callback):
-    order, run_valid = FMCECallback.order, False
-    def __init__(self, factor): self.factor = factor
-    def after_loss(self): self.learn.loss_grad = self.learn.loss_grad*self.factor
-
-class Alignment(Callback):
-    "The plain alignment as a loss, without an oracle."
-    order, run_valid = FMCECallback.order, False
-    def __init__(self, alpha): self.alpha, self.plan = alpha, None
-    def before_batch(self):
-        if self.plan is None: self.plan = tap_plan(self.model, TAPS, x=self.x[:2].as_subclass(torch.Tensor))
-        self.tap = FeatureTap(self.plan).arm(self.model)
-    def after_loss(self):
-        y = self.y.as_subclass(torch.Tensor)
-        center = lambda k: k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
-        same, parts = center((y[:, None] == y).float()), []
-        for m in self.tap.take().values():
-            x = m.mean((2, 3))
-            x = F.normalize(x - x.mean(0), dim=1)
-            k = center(x @ x.T)
-            parts.append(1 - (k*same).sum()/(k.norm()*same.norm() + 1e-9))
-        self.learn.loss_grad = (1-self.alpha)*self.learn.loss_grad + self.alpha*torch.stack(parts).mean()
-
 def callbacks(arm, alpha):
-    if arm == "scaled": return [Scaled(1-alpha)]
-    if arm == "align": return [Alignment(alpha)]
+    if arm in PEERS: return ARMS[PEERS[arm]](Study(taps=TAPS), alpha, None, None)["cbs"]
     if arm in ORACLES: return [FMCECallback(alpha, FMCENet.load(HERE/"oracles"/f"{ORACLES[arm]}.safetensors"), when=0., taps=TAPS)]
     return []
 

