@@ -22,8 +22,8 @@ from fastai.learner import ValueMetric
 
 from .convergence import OnlineCQI
 from .losses import FMCS_LOSSES, GradientNorms, check_alpha, fmcs_loss, representation_auxiliary_loss
-from .oracle import FMCENet, OracleError
-from .taps import FeatureTap, TapError, tap_plan
+from .oracle import FMCENet, OracleError, Scores, UniversalFMCENet
+from .taps import FeatureTap, TapError, pool_map, tap_plan
 
 # %% ../nbs/06_callback.ipynb #7b33eced
 N_COUNTED = 2  # with the universal oracle the last taps count in the loss: early modules serve all tasks alike
@@ -64,6 +64,12 @@ def mixed_targets(
     n = int(torch.maximum(y.max(), partner.max()))+1
     return lam*F.one_hot(y.long(), n) + (1-lam)*F.one_hot(partner.long(), n)
 
+def _join_targets(a, b):
+    "Class labels (n,) or shares of class (n, C) of two sets of images, as one tensor."
+    if a.ndim == b.ndim == 1: return torch.cat([a, b])
+    width = max(t.shape[1] if t.ndim == 2 else int(t.max())+1 for t in (a, b))
+    return torch.cat([F.pad(t, (0, width - t.shape[1])) if t.ndim == 2 else F.one_hot(t.long(), width).float() for t in (a, b)])
+
 def _is_training_fit(learn):
     "Is this `before_fit` that of a `fit`? `validate`, `get_preds` and kin take the bar and the logger away, `lr_find` brings a callback of its own."
     quiet = not getattr(learn, 'create_mbar', True) and getattr(learn.logger, '__name__', '') == 'noop'
@@ -85,6 +91,7 @@ class FMCECallback(Callback):
         when='auto', # Share of this fit from which RAL acts, a (start, end) pair, `'converged'`, or a callable of the Learner; `'auto'` is 0., but never with the universal oracle where there are no class labels
         fmcs_loss:str='nll', # `'nll'`: -log p(top level); `'gap'`: 1 - FMCS
         targets='auto', # `'auto'`: class labels go to the oracle where there are any; None: never
+        memory:int=0, # With the universal oracle and class labels: so many images of earlier steps keep each batch company when it is scored
     ):
         if not callable(alpha):
             alpha = check_alpha(alpha)
@@ -92,7 +99,10 @@ class FMCECallback(Callback):
         if fmcs_loss not in FMCS_LOSSES: raise ValueError(f"fmcs_loss is {fmcs_loss!r}; known are {' and '.join(map(repr, FMCS_LOSSES))}.")
         if oracle is not None and not isinstance(oracle, FMCENet): raise TypeError(f"oracle is a {type(oracle).__name__}; give an FMCENet, e.g. FMCENet.load(path).")
         if targets not in ('auto', None): raise ValueError(f"targets is {targets!r}; known are 'auto' and None.")
+        if isinstance(memory, bool) or not isinstance(memory, (int, np.integer)) or memory < 0: raise ValueError(f"memory is {memory!r}; give a number of images, 0 for none.")
+        if memory and oracle is not None and not isinstance(oracle, UniversalFMCENet): raise ValueError(f"memory is {memory}, but the oracle is a {type(oracle).__name__}: it scores each image by itself. Leave memory out, or use the universal oracle.")
         self.alpha,self.oracle,self.tap_names,self.when,self.fmcs_loss,self.target_mode = alpha,FMCENet.universal() if oracle is None else oracle,taps,_check_when(when),fmcs_loss,targets
+        self.memory,self._company = int(memory),None
         self._tap,self._online,self._epoch,self._rows,self._fit,self._scorer,self._targets = None,None,[],[],0,None,None
         self._last = (float('nan'),)*3
 
@@ -194,7 +204,14 @@ class FMCECallback(Callback):
         self._tap.plan,self._scorer = plan,self.oracle.on(plan)
 
     def _score(self, maps):
-        return self._scorer(maps, self._targets)
+        if not self.memory or self._targets is None: return self._scorer(maps, self._targets)
+        n,targets = len(self._targets),self._targets
+        maps = {name:pool_map(m) for name,m in maps.items()}
+        if self._company is not None and all(m.shape[1:] == self._company[0][name].shape[1:] for name,m in maps.items()):
+            maps = {name:torch.cat([m, self._company[0][name].to(m.dtype)]) for name,m in maps.items()}
+            targets = _join_targets(targets, self._company[1])
+        self._company = {name:m.detach()[:self.memory] for name,m in maps.items()},targets[:self.memory]
+        return Scores(*(s[:n] for s in self._scorer(maps, targets)))
 
     def _effective_alpha(self):
         "alpha of this step: 0 before `when`."
@@ -243,11 +260,11 @@ class FMCECallback(Callback):
         if any(mine(m, _Column) for m in self.learn.metrics): self.learn.metrics = [m for m in self.learn.metrics if not mine(m, _Column)]
         self.learn.remove_cbs([cb for cb in self.learn.cbs if mine(cb, _ArmLast)])
         if self._tap is not None: self._tap.detach()
-        self._tap,self._epoch,self._scorer,self._targets = None,[],None,None
+        self._tap,self._epoch,self._scorer,self._targets,self._company = None,[],None,None,None
 
     def __getstate__(self):
         "For `learn.export()`: neither the oracle's weights nor maps, hooks or columns travel along."
-        return {**self.__dict__, 'oracle':None, '_scorer':None, '_targets':None, '_tap':None, '_epoch':[]}
+        return {**self.__dict__, 'oracle':None, '_scorer':None, '_targets':None, '_company':None, '_tap':None, '_epoch':[]}
 
 # %% ../nbs/06_callback.ipynb #aceea1d4
 _REASONS = ('watched', 'no_gradient', 'not_valid', 'not_finite')

@@ -659,7 +659,7 @@ def _changed_study(study, given):
 @call_parse
 def fmce_study(
     out:str, # Folder of the study; one that was broken off there goes on
-    preset:str='digits', # digits, few-images, paper, paper-mini: where settings come from that are not given
+    preset:str='digits', # digits, scratch, few-images, paper, paper-mini: where settings come from that are not given
     arms:str=None, # Arms, separated by commas; joined by + they are trained together
     primary:str=None, # The arm of the primary contrast, against plain
     alphas:str=None, # Representation Abstraction Factors, such as 0.7,0.9
@@ -680,16 +680,22 @@ def fmce_study(
     body_lr:float=None, # The body's rate as a share of the head's
     taps:str=None, # Taps that count in the FMCS loss
     oracle:str=None, # File of a universal oracle, for ral-universal
+    fmcs_loss:str=None, # nll or gap
+    head:str=None, # fastai or linear
+    freeze_norm:store_true=False, # The body's batch norm in eval mode
+    channels_last:store_true=False, # Memory format; often faster
     threads:int=None, # Torch threads of a run
     jobs:int=1, # Runs at a time
     shard:str='1/1', # Do a share of the runs, such as 2/4 on the second of four machines
+    choices_only:store_true=False, # Search on the validation split; the test split stays unread
     report:store_true=False, # Only print and write the table of what is there
     merge:str=None, # First take over the finished runs of this other folder
 ):
     "Does RAL help this network on these images? A study with controls, seeds and intervals"
-    given = {k:v for k,v in locals().items() if k not in ('out', 'preset', 'jobs', 'shard', 'report', 'merge')}
+    given = {k:v for k,v in locals().items() if k not in ('out', 'preset', 'jobs', 'shard', 'report', 'merge', 'choices_only')}
+    for name in ('freeze_norm', 'channels_last'): given[name] = given[name] or None  # a switch that is not given leaves the preset's
     def run():
-        from fmce_fastai.study import Study, merge_studies, presets, run_study, table_text, write_report
+        from fmce_fastai.study import Study, choices, merge_studies, presets, read_rows, run_study, table_text, write_report
         folder,known = Path(out),presets()
         try: i,n = map(int, shard.split('/'))
         except ValueError as e: raise CommandError(f"--shard is {shard!r}; give two numbers such as 2/4.") from e
@@ -706,6 +712,7 @@ def fmce_study(
             if merge:
                 other = Path(merge)/where.relative_to(folder)
                 print(f"{merge_studies(where, other)} runs came from {other}", flush=True)
-            table = write_report(where) if report or merge else run_study(study, where, jobs, (i-1, n), sys.stdout.isatty())
-            print(table_text(Study.load(where), table) + f"\n\nEverything is in {where}\n", flush=True)
+            table = write_report(where) if report or merge else run_study(study, where, jobs, (i-1, n), sys.stdout.isatty(), choices_only)
+            study = Study.load(where)
+            print(table_text(study, table, choices(study, read_rows(where))) + f"\n\nEverything is in {where}\n", flush=True)
     _plain_command('fmce_study', run, ['out', 'preset', 'jobs', 'shard', *given])

@@ -7,8 +7,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/study.html.md"""
 # %% auto #0
 __all__ = ['ARMS', 'NO_ALPHA', 'StudyError', 'Study', 'parts', 'has_alpha', 'StepSeeds', 'Noted', 'NormEval', 'timm_kwargs',
            'cut_at', 'lite0_weights', 'build_learner', 'prepare_start', 'Job', 'run_job', 'tuning_jobs', 'chosen',
-           'final_jobs', 'read_rows', 'run_study', 'merge_studies', 'check_matched', 'compare', 'table_text', 'verdict',
-           'plot_differences', 'plot_alpha', 'write_report', 'presets']
+           'choices', 'final_jobs', 'read_rows', 'run_study', 'merge_studies', 'check_matched', 'compare', 'table_text',
+           'verdict', 'plot_differences', 'plot_alpha', 'write_report', 'presets']
 
 # %% ../nbs/10_study.ipynb #4052131e
 import hashlib
@@ -63,11 +63,14 @@ class Study:
     lrs:tuple=(3e-3,)          # peak rates tried for every arm; more than one: chosen on the validation split
     body_lr:float=1.           # the body's rate as a share of the head's
     freeze_norm:bool=False     # the body's batch norm in eval mode
+    head:str='fastai'          # `vision_learner`'s own, or 'linear': average pooling and one linear layer
+    channels_last:bool=False   # memory format: the same sums in another order, often faster
     seeds:tuple=(0, 1, 2)      # of the final table
     tune_seeds:tuple=(100,)    # of the choices
     oracle:str=''              # universal oracle for `ral-universal`: a file; '': the shipped one
     taps:tuple=()              # those that count; (): the callback's default
     fmcs_loss:str='nll'
+    memory:int=200             # images of earlier steps that keep a batch company, in the arm `ral-memory`
     threads:int=1              # torch threads of a run
 
     def __post_init__(self):
@@ -75,9 +78,9 @@ class Study:
             if f.type is tuple: object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
         if self.arms[:1] != ('plain',): object.__setattr__(self, 'arms', ('plain', *(a for a in self.arms if a != 'plain')))
         for name in self.arms:
-            parts(name)
-            if 'ral' in name.split('+') and not self.stage1_epochs: raise StudyError("The arm 'ral' needs an oracle that is fitted to the network's own run: give stage1_epochs > 0, or use 'ral-universal'.")
+            if 'ral' in parts(name) and not self.stage1_epochs: raise StudyError("The arm 'ral' needs an oracle that is fitted to the network's own run: give stage1_epochs > 0, or use 'ral-universal'.")
         if self.primary not in self.arms or self.primary == 'plain': raise StudyError(f"primary is {self.primary!r}; it must be one of the arms beside 'plain': {', '.join(self.arms[1:])}.")
+        if self.head not in ('fastai', 'linear'): raise StudyError(f"head is {self.head!r}; accepted are 'fastai' and 'linear'.")
         for name,least in (('epochs', 1), ('bs', 2), ('size', 1), ('threads', 1), ('stage1_epochs', 0), ('n_train', 0), ('n_eval', 0)):
             if getattr(self, name) < least: raise StudyError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         for name in ('lrs', 'seeds', 'alphas'):
@@ -86,10 +89,11 @@ class Study:
         if min(self.lrs) <= 0: raise StudyError(f"lrs is {self.lrs}; rates are positive.")
         for a in self.alphas: check_alpha(a)
         if both := set(self.seeds) & set(self.tune_seeds): raise StudyError(f"Seeds {sorted(both)} are in seeds and in tune_seeds: what choices were made on is no evidence for them. Use other seeds.")
-        if self.choices > 1 and not self.tune_seeds: raise StudyError("There is a rate or an alpha to choose, but no tune_seeds to choose it on.")
+        if any(self.must_choose(a) for a in self.arms) and not self.tune_seeds: raise StudyError("There is a rate or an alpha to choose, but no tune_seeds to choose it on.")
 
-    @property
-    def choices(self): return max(len(self.lrs), len(self.alphas))
+    def must_choose(self, arm):
+        "Is there a rate to choose for `arm`, or, in the primary contrast, an alpha? The other arms are reported at all alphas."
+        return len(self.lrs) > 1 or arm == self.primary and len(_alphas(self, arm)) > 1
     def save(self, folder): _write_json(Path(folder)/'study.json', asdict(self))
     @classmethod
     def load(cls, folder): return cls(**_read_json(Path(folder)/'study.json'))
@@ -194,7 +198,7 @@ class _Shuffled(FMCECallback):
         return super()._score(maps)
 
 def _universal(study): return FMCENet.load(study.oracle) if study.oracle else FMCENet.universal()
-def _ral(study, alpha, oracle, cls=FMCECallback): return cls(alpha, oracle, taps=list(study.taps) or None, fmcs_loss=study.fmcs_loss)
+def _ral(study, alpha, oracle, cls=FMCECallback, **kwargs): return cls(alpha, oracle, taps=list(study.taps) or None, fmcs_loss=study.fmcs_loss, **kwargs)
 
 # Each: (study, alpha, seed, folder) -> {'cbs':, 'loss_func':, 'lr':}, all optional
 ARMS = {
@@ -205,6 +209,7 @@ ARMS = {
     'shuffled':lambda study, alpha, seed, folder: dict(cbs=[_ral(study, alpha, _universal(study), _Shuffled)]),
     'ral':lambda study, alpha, seed, folder: dict(cbs=[_ral(study, alpha, FMCENet.load(folder/'start'/f'{seed}.oracle.safetensors'))]),
     'ral-universal':lambda study, alpha, seed, folder: dict(cbs=[_ral(study, alpha, _universal(study))]),
+    'ral-memory':lambda study, alpha, seed, folder: dict(cbs=[_ral(study, alpha, _universal(study), memory=study.memory)]),
     'alignment':lambda study, alpha, seed, folder: dict(cbs=[_AddLoss(study, (1-alpha, alpha), _misaligned)]),
     'supcon':lambda study, alpha, seed, folder: dict(cbs=[_AddLoss(study, (1-alpha, alpha), _supcon)]),
     'keep-maps':lambda study, alpha, seed, folder: dict(cbs=[_KeepMaps(study)]),
@@ -217,8 +222,12 @@ def parts(
     arm:str, # A name of `ARMS`, or several joined by `+`
 ) -> list: # Their names
     "The arms that are trained together. Raises `StudyError` for an unknown name."
-    names = arm.split('+')
-    if unknown := [n for n in names if n not in ARMS]: raise StudyError(f"Unknown arm {', '.join(map(repr, unknown))}; known are {', '.join(ARMS)}, also joined by '+'.")
+    names = arm.split('@')[0].split('+')
+    if unknown := [n for n in names if n not in ARMS]: raise StudyError(f"Unknown arm {', '.join(map(repr, unknown))}; known are {', '.join(ARMS)}, also joined by '+', and with an alpha of their own: ral-universal@0.97.")
+    if '@' in arm:
+        try: check_alpha(float(arm.split('@', 1)[1]))
+        except ValueError as e: raise StudyError(f"Arm {arm!r}: what follows @ is no alpha ({e}).") from e
+        if not has_alpha(arm.split('@')[0]): raise StudyError(f"Arm {arm!r}: {arm.split('@')[0]} has no alpha.")
     return names
 
 def has_alpha(arm): return any(n not in NO_ALPHA for n in parts(arm))
@@ -262,12 +271,13 @@ def timm_kwargs(
     arch:str, # timm name
     size:int, # Image side
     n_out:int, # Classes
+    **head, # For fastai's head: `lin_ftrs`, `ps`, `concat_pool`, `first_bn`
 ) -> dict:
     "What `vision_learner` needs for `arch` beside its defaults: the image size it is built for, and a head that reads its layout. Raises `TapError`."
     kwargs = image_size_kwargs(arch, size)
-    head = timm_head(arch, n_out, **kwargs)
+    own = timm_head(arch, n_out, **head, **kwargs)
     # Where fastai's own head reads the body, it stays: the same random numbers as in a plain `vision_learner`
-    return {**kwargs, **({} if head[0].layout in ('NCHW', 'NC') else dict(custom_head=head))}
+    return {**kwargs, **({} if own[0].layout in ('NCHW', 'NC') else dict(custom_head=own))}
 
 @contextmanager
 def cut_at(
@@ -315,10 +325,11 @@ def build_learner(
     from fastai.torch_core import set_seed
     from fastai.vision.learner import vision_learner
     torchvision_arch = study.arch.startswith(_TORCHVISION)
-    if torchvision_arch: arch = getattr(torchvision.models, study.arch.removeprefix(_TORCHVISION))
+    head = dict(lin_ftrs=[], ps=0., concat_pool=False, first_bn=False) if study.head == 'linear' else {}
+    if torchvision_arch: arch,kwargs = getattr(torchvision.models, study.arch.removeprefix(_TORCHVISION)),{**head, **kwargs}
     else:
         arch = study.arch
-        kwargs = {**timm_kwargs(arch, study.size, get_c(dls)), **kwargs}
+        kwargs = {**timm_kwargs(arch, study.size, get_c(dls), **head), **head, **kwargs}
     published = study.weights == 'pretrained' or Path(study.weights).is_file()
     if study.weights and not published and not study.weights.startswith('efficientnet-lite'): raise StudyError(f"weights is {study.weights!r}; accepted are '', 'pretrained', 'efficientnet-lite0' (1, 2), or a file.")
     if Path(study.weights).is_file(): kwargs['pretrained_cfg_overlay'] = dict(file=study.weights)
@@ -347,9 +358,10 @@ def _rates(study, lr): return lr if study.body_lr == 1 else slice(lr*study.body_
 
 def _fit(learn, study, epochs, lr, seed, cbs):
     import fastai.callback.schedule  # gives Learner its `fit_one_cycle`
+    from fastai.callback.channelslast import ChannelsLast
     noted = Noted()
     learn.dls.loaders[1] = learn.dls.valid.new(n=min(study.bs, len(learn.dls.valid.dataset)))  # validation inside the fit is not read
-    cbs = [StepSeeds(seed), noted, *([NormEval(body=True)] if study.freeze_norm else []), *cbs]
+    cbs = [StepSeeds(seed), noted, *([NormEval(body=True)] if study.freeze_norm else []), *([ChannelsLast()] if study.channels_last else []), *cbs]
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, _rates(study, lr), cbs=cbs)
     return noted
 
@@ -369,7 +381,7 @@ def prepare_start(
     if study.stage1_epochs:
         from fmce_fastai.fit_oracle import fit_oracle
         from fmce_fastai.recorder import FMCSRecorder
-        fitted = any('ral' in a.split('+') for a in study.arms)
+        fitted = any('ral' in parts(a) for a in study.arms)
         recorder = FMCSRecorder(n_images=min(256, len(dls.train_ds)), seed=seed, path=path.with_suffix('.fmcs')) if fitted else None
         if fitted: shutil.rmtree(path.with_suffix('.fmcs'), ignore_errors=True)
         _fit(learn, study, study.stage1_epochs, study.stage1_lr, seed, [recorder] if fitted else [])
@@ -431,27 +443,46 @@ def run_job(
     return row
 
 # %% ../nbs/10_study.ipynb #ba0265f9
-def _alphas(study, arm): return study.alphas if has_alpha(arm) else (0.,)
+def _alphas(study, arm): return (float(arm.split('@')[1]),) if '@' in arm else study.alphas if has_alpha(arm) else (0.,)
 
-def tuning_jobs(study): # -> list of Job
+def tuning_jobs(
+    study:Study,
+    always:bool=False, # Also where each arm has but one rate and alpha
+) -> list: # Of `Job`
     "The runs on the validation split by which rate and alpha are chosen; none where there is nothing to choose."
-    return [Job('tune', arm, a, lr, s) for s in study.tune_seeds for arm in study.arms for a in _alphas(study, arm) for lr in study.lrs] if study.choices > 1 else []
+    return [Job('tune', arm, a, lr, s) for s in study.tune_seeds for arm in study.arms if always or study.must_choose(arm) for a in _alphas(study, arm) for lr in study.lrs]
 
 def chosen(study, rows):
     "(arm, alpha) -> rate, and arm -> alpha, with the best mean accuracy on the validation split; the smaller of equals. What is not decided yet is missing."
-    if study.choices == 1: return {(arm, a):study.lrs[0] for arm in study.arms for a in _alphas(study, arm)},{arm:_alphas(study, arm)[0] for arm in study.arms}
     found = {}
     for r in rows:
         if r['phase'] == 'tune': found.setdefault((r['arm'], r['alpha'], r['lr']), {})[r['seed']] = r['accuracy']
     done = {k:np.mean([v[s] for s in study.tune_seeds]) for k,v in found.items() if set(study.tune_seeds) <= set(v)}
     rates,alphas = {},{}
     for arm in study.arms:
+        if not study.must_choose(arm):
+            rates.update({(arm, a):study.lrs[0] for a in _alphas(study, arm)})
+            if len(_alphas(study, arm)) == 1: alphas[arm] = _alphas(study, arm)[0]
+            continue
         for a in _alphas(study, arm):
             options = [(done[arm, a, lr], -lr) for lr in study.lrs if (arm, a, lr) in done]
             if len(options) == len(study.lrs): rates[arm, a] = -max(options)[1]
         of = [(done[arm, a, rates[arm, a]], -a) for a in _alphas(study, arm) if (arm, a) in rates]
         if len(of) == len(_alphas(study, arm)): alphas[arm] = -max(of)[1]
     return rates,alphas
+
+def choices(
+    study:Study,
+    rows:list, # From `read_rows`
+) -> pd.DataFrame: # One row per arm, alpha and rate, best first
+    "What the choices were made by: mean accuracy on the validation split, and its paired difference to plain training at the rate that is best for plain."
+    tune = pd.DataFrame([r for r in rows if r['phase'] == 'tune'], columns=['arm', 'alpha', 'lr', 'seed', 'accuracy'])
+    if tune.empty: return pd.DataFrame(columns=['arm', 'alpha', 'lr', 'seeds', 'accuracy', 'difference', 'sd', 'above'])
+    wide = 100*tune.pivot_table(index=['arm', 'alpha', 'lr'], columns='seed', values='accuracy')
+    plain = wide.loc['plain', 0.] if ('plain', 0.) in wide.index else None
+    d = wide - plain.loc[plain.mean(axis=1).idxmax()] if plain is not None else wide*np.nan
+    t = pd.DataFrame(dict(seeds=wide.count(axis=1), accuracy=wide.mean(axis=1), difference=d.mean(axis=1), sd=d.std(axis=1), above=(d > 0).sum(axis=1)))
+    return t.sort_values(['accuracy'], ascending=False, kind='stable').reset_index()
 
 def final_jobs(study, rows):
     "The runs on the test split, of what is decided."
@@ -490,6 +521,7 @@ def run_study(
     jobs:int=1, # Processes, each with `study.threads` torch threads
     shard:tuple=(0, 1), # (i, n): do only every n-th seed, from the i-th on: several machines share a study, and all arms of a seed run on one
     bar:bool=True, # Progress with time left
+    choices_only:bool=False, # Stop before the final runs: a search on the validation split; the test split stays unread
 ) -> pd.DataFrame: # The table of the runs that are there; final once those of all shards are
     "Run what is missing of a study, and write `runs.csv`, `table.csv`, `differences.png` and `alpha.png`. Raises `StudyError` if the folder holds another study."
     folder = Path(folder)
@@ -502,8 +534,8 @@ def run_study(
         folder.mkdir(parents=True, exist_ok=True)
         study.save(folder)
     mine = lambda of: [j for j in of if (study.seeds + study.tune_seeds).index(j.seed) % shard[1] == shard[0] and not j.path(folder).exists()]
-    for what in ('tune', 'final'):
-        todo = mine(tuning_jobs(study) if what == 'tune' else final_jobs(study, read_rows(folder)))
+    for what in ('tune',) if choices_only else ('tune', 'final'):
+        todo = mine(tuning_jobs(study, choices_only) if what == 'tune' else final_jobs(study, read_rows(folder)))
         _work(prepare_start, jobs, [(folder, s) for s in sorted({j.seed for j in todo}) if not (folder/'start'/f'{s}.json').exists()], 'start weights', bar)
         _work(run_job, jobs, [(folder, j) for j in todo], 'choices' if what == 'tune' else 'final runs', bar)
     return write_report(folder)
@@ -581,17 +613,27 @@ def _seeds_for(power, effect):
     try: return float(np.ravel(power.solve_power(effect_size=effect, power=.8, alpha=.05))[0])
     except (ValueError, RuntimeError): return np.inf if effect < 1e-3 else 3
 
+def _setting_text(study):
+    return (f"{study.data}, {study.arch}{', ' + study.weights if study.weights else ''}, {study.n_train or 'all'} training images, {study.size} px, {study.epochs} epochs, batches of {study.bs}"
+            + (f", after {study.stage1_epochs} epochs of plain training" if study.stage1_epochs else '') + (", the body's batch norm in eval mode" if study.freeze_norm else '') + (', linear head' if study.head == 'linear' else ''))
+
 def table_text(
     study:Study,
     table:pd.DataFrame, # From `compare`
+    tried:pd.DataFrame|None=None, # From `choices`, shown as long as there is no final run
 ) -> str:
     "The table as plain text, with the settings above and the verdict below."
-    lines = [f"{study.data}, {study.arch}{', ' + study.weights if study.weights else ''}, {study.n_train or 'all'} training images, {study.size} px, {study.epochs} epochs, batches of {study.bs}" + (f", after {study.stage1_epochs} epochs of plain training" if study.stage1_epochs else ''), '',
-             f"{'arm':<28} {'alpha':>5} {'rate':>7} {'seeds':>5} {'acc. %':>7} {'difference (95 % interval)':>28} {'above':>6} {'p':>7} {'needed':>6}  role"]
+    head = _setting_text(study)
+    if tried is not None and len(tried) and not table.seeds.any():
+        lines = [head, '', "Choices on the validation split; the test split has not been read.", '', f"{'arm':<36} {'alpha':>5} {'rate':>7} {'seeds':>5} {'acc. %':>7} {'to plain':>8} {'sd':>5} {'above':>6}"]
+        for r in tried.itertuples(): lines.append(f"{r.arm:<36} {r.alpha:>5g} {r.lr:>7.0e} {r.seeds:>5} {r.accuracy:>7.2f} {r.difference:>+8.2f} {r.sd:>5.2f} {f'{r.above}/{r.seeds}':>6}")
+        return '\n'.join(lines)
+    lines = [head, '',
+             f"{'arm':<36} {'alpha':>5} {'rate':>7} {'seeds':>5} {'acc. %':>7} {'difference (95 % interval)':>28} {'above':>6} {'p':>7} {'needed':>6}  role"]
     for r in table.itertuples():
         diff = '' if not np.isfinite(r.difference) else 'identical' if r.note == 'identical' else f"{r.difference:+.2f}" + (f" ({r.low:+.2f} to {r.high:+.2f})" if np.isfinite(r.low) else '')
         p = r.p if r.role == 'primary' else r.p_holm
-        lines.append(f"{r.arm:<28} {r.alpha:>5g} {r.lr:>7.0e} {r.seeds:>5} {r.accuracy:>7.2f} {diff:>28} {'' if not np.isfinite(r.above) else f'{int(r.above)}/{r.seeds}':>6} {'' if not np.isfinite(p) else f'{p:.3f}':>7} {'' if not np.isfinite(r.needed) else int(r.needed):>6}  {r.role}")
+        lines.append(f"{r.arm:<36} {r.alpha:>5g} {r.lr:>7.0e} {r.seeds:>5} {r.accuracy:>7.2f} {diff:>28} {'' if not np.isfinite(r.above) else f'{int(r.above)}/{r.seeds}':>6} {'' if not np.isfinite(p) else f'{p:.3f}':>7} {'' if not np.isfinite(r.needed) else int(r.needed):>6}  {r.role}")
     first = table[table.role == 'primary']
     plain = table[table.arm == 'plain'].iloc[0]
     if plain.note: lines += ['', f"No verdict: plain training is {plain.note}, {plain.accuracy:.1f} %, and a difference to it means nothing. Give it lower rates (lrs), or more epochs or images."]
@@ -604,13 +646,13 @@ _SOURCE_OF = {'digits':'digits', 'fashion_mnist':'fashion'}  # data set -> how t
 
 def _seen_note(study):
     "A warning if the universal oracle was trained on images of this data set."
-    if not any('ral-universal' in a.split('+') or 'shuffled' in a.split('+') for a in study.arms): return ''
+    if not any({'ral-universal', 'ral-memory', 'shuffled'} & set(parts(a)) for a in study.arms): return ''
     source = _SOURCE_OF.get(study.data.lower().replace('-', '_'))
     return f"The universal oracle used here has seen training images of {study.data}; for evidence give one that has not (oracle=; fmce_pretrain --leave-out {source})." if source in _universal(study).card.get('data', {}).get('sources', []) else ''
 
 def verdict(r):
     "The primary contrast in words."
-    name = f"{r.arm}{f' at alpha {r.alpha:g}' if r.alpha else ''}"
+    name = f"{r.arm.split('@')[0]}{f' at alpha {r.alpha:g}' if r.alpha else ''}"
     if r.note == 'identical': return f"Primary contrast: {name} and plain are identical in all {r.seeds} seeds."
     if not np.isfinite(r.low): return f"Primary contrast: {name} differs from plain by {r.difference:+.2f} points on {r.seeds} seed{'s' if r.seeds > 1 else ''}; no interval, so no evidence."
     says = 'helps here' if r.low > 0 else 'harms here' if r.high < 0 else 'makes no difference that this study can see'
@@ -636,7 +678,7 @@ def plot_differences(
         if np.isfinite(r.low): ax.plot([r.low, r.high], [i, i], color=color, lw=2)
         if np.isfinite(r.difference): ax.plot(r.difference, i, 'D', color=color, ms=6)
     ax.axvline(0, color='0.6', lw=1, ls='--')
-    ax.set(yticks=range(len(t)), yticklabels=[f"{r.arm}{f', alpha {r.alpha:g}' if r.alpha else ''}{' (primary)' if r.role == 'primary' else ''}" for r in t.itertuples()],
+    ax.set(yticks=range(len(t)), yticklabels=[f"{r.arm}{f', alpha {r.alpha:g}' if r.alpha and '@' not in r.arm else ''}{' (primary)' if r.role == 'primary' else ''}" for r in t.itertuples()],
            xlabel='test accuracy minus plain training\'s, points\n(dots: seeds; diamond and bar: mean, 95 % interval)', ylim=(-.6, len(t)-.4))
     return ax
 
@@ -649,7 +691,7 @@ def plot_alpha(
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5.5, 3.6), layout='constrained')[1]
     colors = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#000000']
-    for arm,color,marker in zip([a for a in study.arms if has_alpha(a)], colors*9, 'osDv^<>P'*9):
+    for arm,color,marker in zip([a for a in study.arms if has_alpha(a) and '@' not in a], colors*9, 'osDv^<>P'*9):
         t = table[(table.arm == arm) & table.accuracy.notna()].sort_values('alpha')
         ax.plot(t.alpha, t.accuracy, color=color, marker=marker, ms=5, label=arm)
     plain = table[table.arm == 'plain'].accuracy.iloc[0]
@@ -670,7 +712,8 @@ def write_report(
     setting = {f'study_{k}':(' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v) for k,v in asdict(study).items() if k not in ('threads', 'root')}
     pd.DataFrame([{**r, **setting} for r in rows]).to_csv(folder/'runs.csv', index=False)
     table.to_csv(folder/'table.csv', index=False)
-    (folder/'table.txt').write_text(table_text(study, table) + '\n', encoding='utf-8')
+    if len(tried := choices(study, rows)): tried.to_csv(folder/'choices.csv', index=False)
+    (folder/'table.txt').write_text(table_text(study, table, tried) + '\n', encoding='utf-8')
     def draw(name, size, plot):
         figure = Figure(figsize=size, layout='constrained')
         FigureCanvasAgg(figure)
@@ -690,6 +733,12 @@ def presets() -> dict: # Name -> {study's name: Study}
              for data in ('mnist', 'fashion_mnist', 'cifar10', 'cifar100') for arch in ('resnet50', 'torchvision.shufflenet_v2_x1_0')}
     mini = {'digits-test_resnet':Study(_ALL, (.7, .9), 'ral', 'digits', size=32, bs=64, arch='test_resnet', stage1_epochs=8, epochs=3, lrs=(1e-3,), seeds=(0, 1, 2)),
             'fashion_mnist-resnet10t':Study(_ALL, (.7, .9), 'ral', 'fashion_mnist', 'data', n_train=2000, n_eval=2000, size=32, arch='resnet10t', stage1_epochs=6, epochs=2, lrs=(1e-3,), seeds=(0, 1, 2))}
-    few = {'few-images':Study(('plain', 'scaled', 'shuffled', 'alignment', 'supcon', 'keep-maps', 'label-smoothing', 'mixup', 'ral-universal'), (.9, .97), 'ral-universal', 'fashion_mnist', 'data', n_train=200, n_eval=1500, size=48, bs=25,
-                              arch='tf_efficientnet_lite0', weights='efficientnet-lite0', epochs=20, lrs=(1e-3, 3e-3), body_lr=.1, freeze_norm=True, seeds=tuple(range(10)), tune_seeds=(100, 101))}
-    return {'digits':{'digits':Study()}, 'paper':paper, 'paper-mini':mini, 'few-images':few}
+    scratch = Study(('plain', 'scaled@0.9', 'lr-scaled@0.9', 'placebo@0.9', 'ral', 'ral-universal', 'label-smoothing', 'mixup', 'ral-universal+label-smoothing@0.5', 'ral-universal+mixup@0.5'), (.5, .9), 'ral', 'fashion_mnist', 'data',
+                    n_train=10_000, n_eval=5000, size=32, bs=64, arch='torchvision.shufflenet_v2_x0_5', stage1_epochs=4, stage1_lr=3e-3, epochs=2, lrs=(1e-3, 3e-3), seeds=tuple(range(10)), tune_seeds=(100,), channels_last=True)
+    scratch = {'shufflenet_v2_x0_5':scratch, 'resnet10t':replace(scratch, arch='resnet10t', lrs=(1e-3,))}
+    # Pretrained weights, few images: forms and rates from `benchmarks/search.py`
+    few = Study(('plain', 'scaled@0.97', 'shuffled@0.97', 'keep-maps', 'supcon@0.5', 'label-smoothing', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97', 'ral-memory@0.99', 'ral-universal+mixup@0.97'), primary='ral-memory@0.97',
+                data='fashion_mnist', root='data', n_train=50, n_eval=3000, size=48, bs=25, arch='tf_efficientnet_lite0', weights='efficientnet-lite0', epochs=50, lrs=(3e-3,), body_lr=.3, freeze_norm=True, head='linear', channels_last=True, seeds=tuple(range(10)))
+    more = replace(few, arms=('plain', 'scaled@0.97', 'label-smoothing', 'mixup', 'alignment@0.97', 'ral-universal', 'ral-memory@0.97'), alphas=(.5, .9), n_train=200, epochs=20, size=64)
+    few = {'5-a-class':few, '20-a-class':more, '100-a-class':replace(more, n_train=1000, bs=50, epochs=6)}
+    return {'digits':{'digits':Study()}, 'paper':paper, 'paper-mini':mini, 'scratch':scratch, 'few-images':few}

@@ -13,7 +13,7 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.learner import load_learner
 from torch.testing import assert_close
 
-from fmce_fastai.callback import FMCECallback, N_COUNTED, mixed_targets
+from fmce_fastai.callback import FMCECallback, N_COUNTED, _join_targets, mixed_targets
 from fmce_fastai.losses import fmcs_loss, representation_auxiliary_loss
 from fmce_fastai.oracle import FMCENet, OracleError, UniversalFMCENet, class_alignment, class_share, debiased_alignment, gram_views, kernels, same_class, tensors_sha256, u_center
 from fmce_fastai.taps import FeatureTap, TapError, hook_count, tap_plan
@@ -336,3 +336,69 @@ def test_labels_are_absolute():
     spoilt = dict(runs["good"], run=dict(task, frozen=[1]), rows=rows + [dict(mode="eval", kind="reset", step=99, stage=0)])
     labels = run_labels(spoilt, np.append(p["good"], 1.))
     assert (labels[:3, 1] == 0).all() and labels[3, 0] == 0 and np.isnan(labels[3, 1])
+
+
+# Company from earlier steps ----------------------------------------------------------------------------------------
+def remembered(cb, steps, monkeypatch):
+    "Maps, labels and scores of each step of a fit."
+    seen, score = [], cb._score
+    def note(maps):
+        s = score(maps)
+        seen.append(({n: m.detach().clone() for n, m in maps.items()}, cb._targets.clone(), s))
+        return s
+    monkeypatch.setattr(cb, "_score", note)
+    learn = make_learner(cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return seen[:steps]
+
+def test_memory_scores_a_batch_in_the_company_of_the_last_images(monkeypatch):
+    cb = FMCECallback(.9, memory=40)
+    seen = remembered(cb, 4, monkeypatch)
+    n, oracle = len(seen[0][1]), FMCENet.universal().on(tap_plan(make_model(), x=torch.zeros(2, 3, 16, 16)))
+    for i in range(1, 4):
+        steps = seen[i::-1]  # newest first
+        company = {k: torch.cat([maps[k] for maps, *_ in steps])[:n+40] for k in steps[0][0]}
+        want = oracle(company, torch.cat([y for _, y, _ in steps])[:n+40])
+        assert_close(seen[i][2].fmcs.detach(), want.fmcs[:n], atol=1e-4, rtol=0)
+        assert not torch.allclose(want.fmcs[:n], oracle(seen[i][0], seen[i][1]).fmcs, atol=1e-3)  # company matters
+    assert cb._company is None  # nothing is held after the fit
+
+def test_memory_is_off_by_default_and_gives_small_batches_company():
+    def acted(memory):
+        cb = FMCECallback(.9, memory=memory)
+        learn = make_learner(bs=4, cbs=cb)
+        with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            learn.fit(1)
+        return cb.history.acted.iloc[0], cb.history.steps.iloc[0]
+    assert FMCECallback(.9).memory == 0 and acted(0)[0] == 0
+    n, of = acted(64)
+    assert n > .9*of
+
+@pytest.mark.parametrize("mixer", [MixUp, CutMix])
+def test_memory_of_mixed_images(mixer):
+    cb = FMCECallback(.9, memory=50)
+    learn = make_learner(cbs=[cb, mixer()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert (cb.history.acted == cb.history.steps).all()
+
+def test_labels_and_shares_join():
+    a, b = torch.tensor([0, 2]), torch.tensor([[.5, .5, 0., 0.]])
+    assert _join_targets(a, a).tolist() == [0, 2, 0, 2]
+    assert _join_targets(a, b).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [.5, .5, 0, 0]]
+    assert _join_targets(b, torch.tensor([5])).shape == (2, 6)
+
+def test_other_sizes_start_a_new_memory():
+    cb = FMCECallback(.9, memory=50)
+    cb.learn = make_learner()
+    plan = tap_plan(cb.learn.model, x=torch.zeros(2, 3, 16, 16))
+    cb._scorer, cb._targets = cb.oracle.on(plan), torch.arange(16) % 4
+    maps = lambda side: {t.name: torch.randn(16, t.channels, side, side) for t in plan}
+    first = maps(4)
+    cb._score(first)
+    assert_close(cb._score(maps(2)).fmcs.shape, torch.Size([16, len(plan)]))
+    assert all(m.shape == (16, t.channels, 2, 2) for m, t in zip(cb._company[0].values(), plan))
+
+@pytest.mark.parametrize("memory", [-1, 2.5, True, "all"])
+def test_a_memory_that_is_no_number_of_images_is_refused(memory):
+    with pytest.raises(ValueError, match="give a number of images"): FMCECallback(memory=memory)
