@@ -16,7 +16,7 @@ from fastai.vision.augment import RandomErasing
 from scipy import stats
 
 from fmce_fastai import study as module
-from fmce_fastai.study import ARMS, NormEval, Noted, StepSeeds, Study, StudyError, chosen, compare, final_jobs, has_alpha, merge_studies, parts, presets, read_rows, run_study, table_text, tuning_jobs, verdict, write_report
+from fmce_fastai.study import ARMS, NormEval, Noted, StepSeeds, Study, StudyError, choices, chosen, compare, final_jobs, has_alpha, merge_studies, parts, presets, read_rows, run_study, table_text, tuning_jobs, verdict, write_report
 from fmce_fastai.data import digits_dls
 from helpers import make_learner
 
@@ -136,8 +136,38 @@ def test_the_better_rate_and_alpha_are_chosen_and_nothing_is_decided_early():
     rates, alphas = chosen(study, rows[:-1])
     assert ("scaled", .5) not in rates and "scaled" not in alphas
 
+def test_a_search_reads_the_validation_split_alone_and_can_be_followed_by_the_final_runs(tmp_path):
+    study = Study(("plain", "scaled@0.5"), primary="scaled@0.5", **{**TINY, "seeds": (0,)}, tune_seeds=(100, 101))
+    assert tuning_jobs(study) == []  # nothing must be chosen
+    run_study(study, tmp_path, bar=False, choices_only=True)
+    rows = read_rows(tmp_path)
+    assert len(rows) == 4 and {r["split"] for r in rows} == {"validation"} and {r["alpha"] for r in rows if r["arm"] != "plain"} == {.5}
+    tried = choices(study, rows).set_index("arm")
+    by = {(r["arm"], r["seed"]): 100*r["accuracy"] for r in rows}
+    assert np.isclose(tried.difference["scaled@0.5"], np.mean([by["scaled@0.5", s] - by["plain", s] for s in (100, 101)])) and tried.difference["plain"] == 0
+    assert "the test split has not been read" in (tmp_path/"table.txt").read_text() and (tmp_path/"choices.csv").exists()
+    assert quiet(study, tmp_path).seeds.tolist() == [1, 1] and len(read_rows(tmp_path)) == 6
+    assert "Choices on" not in (tmp_path/"table.txt").read_text()
+
+def test_only_the_primary_arm_chooses_its_alpha():
+    study = Study(("plain", "scaled", "ral-universal"), (.2, .5))
+    assert {j.arm for j in tuning_jobs(study)} == {"ral-universal"} and {(j.arm, j.alpha) for j in final_jobs(study, [])} == {("plain", 0.), ("scaled", .2), ("scaled", .5)}
+
+def test_an_unknown_architecture_is_named_with_its_neighbours():
+    for name, near in (("torchvision.resnt50", "torchvision.resnet50"), ("resnet500", "resnet50")):
+        with pytest.raises(StudyError, match=near): module.build_learner(Study(arch=name), None, 0)
+
+def test_a_linear_head_is_pooling_and_one_layer():
+    learn = module.build_learner(Study(head="linear"), digits_dls(size=32, n_train=32), 0)
+    assert [type(m).__name__ for m in learn.model[1]] == ["AdaptiveAvgPool2d", "Flatten", "Linear"]
+
+def test_channels_last_is_the_same_training(tmp_path):
+    accuracy = [quiet(Study(("plain", "scaled"), primary="scaled", channels_last=c, **{**TINY, "seeds": (0,)}), tmp_path/str(c)).accuracy["plain"] for c in (False, True)]
+    assert abs(accuracy[0] - accuracy[1]) < 3
+
 @pytest.mark.parametrize("kwargs, words", [(dict(seeds=(0, 100)), "no evidence"), (dict(arms=("plain", "rla")), "Unknown arm 'rla'"), (dict(arms=("plain", "ral"), primary="ral"), "stage1_epochs"), (dict(primary="ral"), "must be one of the arms"),
-                                           (dict(epochs=0), "at least 1"), (dict(lrs=()), "one or more"), (dict(lrs=(-1.,)), "positive"), (dict(alphas=(2.,)), "alpha is 2"), (dict(lrs=(1e-3, 1e-2), tune_seeds=()), "no tune_seeds")])
+                                           (dict(epochs=0), "at least 1"), (dict(lrs=()), "one or more"), (dict(lrs=(-1.,)), "positive"), (dict(alphas=(2.,)), "alpha is 2"), (dict(lrs=(1e-3, 1e-2), tune_seeds=()), "no tune_seeds"),
+                                           (dict(arms=("plain", "mixup@0.5"), primary="mixup@0.5"), "mixup has no alpha"), (dict(arms=("plain", "scaled@x"), primary="scaled@x"), "no alpha"), (dict(arms=("plain", "scaled@1.5"), primary="scaled@1.5"), "must lie in"), (dict(head="big"), "'fastai' and 'linear'")])
 def test_what_does_not_go_together_is_said(kwargs, words):
     with pytest.raises(ValueError, match=words): Study(**kwargs)
 
