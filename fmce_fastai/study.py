@@ -504,8 +504,13 @@ def final_jobs(study, rows):
 def read_rows(
     folder, # The study's
 ) -> list: # One dict per finished run, in a fixed order
-    "The results so far."
-    return sorted((_read_json(p) for p in (Path(folder)/'runs').glob('*.json')), key=lambda r: (r['phase'] != 'tune', r['seed'], r['arm'], r['alpha'], r['lr']))
+    "The results so far; of a folder that was kept without its `runs`, those in `runs.csv`."
+    folder = Path(folder)
+    rows = [_read_json(p) for p in (folder/'runs').glob('*.json')]
+    if not rows and (folder/'runs.csv').exists():
+        kept = pd.read_csv(folder/'runs.csv')
+        rows = kept[[c for c in kept if not c.startswith('study_')]].to_dict('records')
+    return sorted(rows, key=lambda r: (r['phase'] != 'tune', r['seed'], r['arm'], r['alpha'], r['lr']))
 
 def _work(fn, jobs, todo, what, bar):
     "`fn(*args)` for each of `todo`: here with one process, else in `jobs`."

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+try: import figures as FIGURES
+finally: sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +40,10 @@ def test_all_is_light_and_named():
 
 
 @pytest.fixture(scope="module")
-def figures():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try: import figures
-    finally: sys.path.pop(0)
-    return figures
+def figures(): return FIGURES
 
 
-@pytest.mark.parametrize("name", ["groups", "ablations", "in_a_loss"])
+@pytest.mark.parametrize("name", list(FIGURES.PAGES))
 def test_tables_of_the_pages_are_those_of_the_benchmarks(figures, name):
     make, notebook = figures.PAGES[name]
     text = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs" / f"{notebook}.ipynb").read_text())["cells"])

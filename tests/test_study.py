@@ -257,6 +257,19 @@ def test_shards_are_merged_to_the_whole(tmp_path):
     replace(study, epochs=2).save(tmp_path/"other")
     with pytest.raises(StudyError, match="different studies"): merge_studies(tmp_path/"whole", tmp_path/"other")
 
+def test_a_folder_kept_without_its_runs_gives_the_same_table(tmp_path):
+    import shutil
+    study = Study(("plain", "scaled"), primary="scaled", **TINY)
+    study.save(tmp_path)
+    (tmp_path/"runs").mkdir()
+    for i, r in enumerate(planted({"scaled": [.5, 1.5, -.2]})): module._write_json(tmp_path/"runs"/f"{i}.json", r)
+    write_report(tmp_path)
+    before, shown = (tmp_path/"table.csv").read_text(), read_rows(tmp_path)
+    shutil.rmtree(tmp_path/"runs")
+    assert read_rows(tmp_path) == shown
+    write_report(tmp_path)
+    assert (tmp_path/"table.csv").read_text() == before
+
 def test_a_damaged_result_is_named(tmp_path):
     study = Study(("plain", "scaled"), primary="scaled", **{**TINY, "seeds": (0,)})
     quiet(study, tmp_path)

@@ -1,6 +1,7 @@
 "The README's tables, made from the CSV files that the scripts in benchmarks/ wrote: `python tools/figures.py` prints them."
 import statistics
 from csv import DictReader
+from functools import partial
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -131,8 +132,35 @@ def in_a_loss():
 
 PARTS = {"plain": "task loss alone", "ral": "RAL, universal oracle", "ral_no_share": "RAL, universal oracle without class shares", "align": "plain alignment (CKA) as a loss, no oracle"}
 
+def searched(n_train):
+    "Forms of guidance on the validation split, best first."
+    found = {}
+    for r in rows_of("search"):
+        if int(r["n_train"]) == n_train: found.setdefault((r["variant"], float(r["alpha"])), {})[r["seed"]] = 100 * float(r["accuracy"])
+    plain = found["plain", 0.0]
+    rows = []
+    for (variant, alpha), v in found.items():
+        d = [a - plain[s] for s, a in v.items()]
+        rows.append([f"`{variant}`", f"{alpha:g}" if alpha else "", len(v), f"{statistics.mean(v.values()):.1f}", "" if variant == "plain" else f"{statistics.mean(d):+.1f}", "" if variant == "plain" else f"{min(d):+.1f} to {max(d):+.1f}"])
+    return table(["form", "alpha", "seeds", "validation accuracy, %", "difference to plain, points", "of single seeds"], sorted(rows, key=lambda r: -float(r[4] or 0)))
+
+
+def studied(name):
+    "The table of a study in `benchmarks/studies`."
+    rows, number = [], lambda r, k, f: format(float(r[k]), f) if r[k] else ""
+    for r in DictReader((BENCHMARKS / "studies" / name / "table.csv").read_text(encoding="utf-8").splitlines()):
+        interval = f" ({float(r['low']):+.1f} to {float(r['high']):+.1f})" if r["low"] else ""
+        p = r["p"] if r["role"] == "primary" else r["p_holm"]
+        rows.append([f"`{r['arm']}`", number(r, "alpha", "g") if float(r["alpha"]) else "", number(r, "lr", "g"), r["seeds"], number(r, "accuracy", ".1f"), f"{float(r['difference']):+.1f}{interval}" if r["difference"] else "",
+                     f"{float(r['above']):.0f} of {r['seeds']}" if r["above"] else "", "" if not p else "< 0.001" if float(p) < 0.001 else f"{float(p):.3f}", r["role"]])
+    return table(["arm", "alpha", "rate", "seeds", "test accuracy, %", "difference to plain in points (95 % interval)", "above 0", "p", "role"], rows)
+
+
+STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS / "studies").glob("*/*/table.csv"))]
+
 # Tables on the pages of notebooks: name -> (function, notebook)
-PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain")}
+PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain"),
+         **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
 TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures, "gains": gains, "universal": universal, "untrained": untrained}
 
