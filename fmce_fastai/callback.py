@@ -23,7 +23,7 @@ from fastai.learner import ValueMetric
 from .convergence import OnlineCQI
 from .losses import FMCS_LOSSES, GradientNorms, check_alpha, fmcs_loss, representation_auxiliary_loss
 from .oracle import FMCENet, OracleError, Scores, UniversalFMCENet
-from .taps import FeatureTap, TapError, pool_map, tap_plan
+from .taps import FeatureTap, TapError, mean_over_ranks, pool_map, tap_plan
 
 # %% ../nbs/06_callback.ipynb #7b33eced
 N_COUNTED = 2  # with the universal oracle the last taps count in the loss: early modules serve all tasks alike
@@ -245,11 +245,13 @@ class FMCECallback(Callback):
         names,steps = self._tap.plan.names,self._epoch
         fmcs,loss = (torch.stack([s[k] for s in steps]).float().cpu().numpy() for k in ('fmcs', 'loss'))
         why = Counter(s['why'] for s in steps)
+        means = [_nanmean(loss[:,self._counted.numpy()]), _nanmean(fmcs[:,self._counted.numpy()]), _nanmean(fmcs[:,-1])]
         for j,name in enumerate(names):
             direct,rest = (sum(float(norm[name]) for norm in norms if name in norm) for norms in zip(*((s['norms'].direct, s['norms'].rest) for s in steps)))
-            self._rows.append([self._fit, int(self.epoch), name, _nanmean(fmcs[:,j]), _nanmean(loss[:,j]), direct/rest if rest > 0 else np.inf if direct > 0 else np.nan,
-                               float(np.mean([s['alpha'] for s in steps])), len(steps), why[None], *(why[r] for r in _REASONS)])
-        self._last = (_nanmean(loss[:,self._counted.numpy()]), _nanmean(fmcs[:,self._counted.numpy()]), _nanmean(fmcs[:,-1]))
+            means += [_nanmean(fmcs[:,j]), _nanmean(loss[:,j]), direct/rest if rest > 0 else np.inf if direct > 0 else np.nan]
+        means = mean_over_ranks(means, next(self.model.parameters()).device).tolist()
+        self._last,alpha = tuple(means[:3]),float(np.mean([s['alpha'] for s in steps]))
+        for j,name in enumerate(names): self._rows.append([self._fit, int(self.epoch), name, *means[3*j+3:3*j+6], alpha, len(steps), why[None], *(why[r] for r in _REASONS)])
         self._epoch = []
 
     def _shown(self, i): return self._last[i]

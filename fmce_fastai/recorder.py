@@ -21,11 +21,12 @@ import torch
 from fastai.callback.core import Callback
 from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader as FastaiDataLoader
+from fastai.distributed import DistributedDL
 from fastai.torch_core import no_random
 
 from . import __version__
 from .convergence import convergence
-from .taps import FeatureTap, TapError, TapPlan, pool_map, pooled_grid, tap_plan, unwrap
+from .taps import FeatureTap, TapError, TapPlan, is_main, mean_over_ranks, pool_map, pooled_grid, tap_plan, unwrap
 
 # %% ../nbs/03_recorder.ipynb #368ef564
 def snapshot_steps(
@@ -194,6 +195,7 @@ class FMCSRecorder(Callback):
     @property
     def dataset(self):
         "The data set of the last recorded fit."
+        if not self.datasets and not is_main(): raise DatasetError("The data set is on the main process (rank 0): every rank records, one writes. Open its folder with FMCSDataset(path), or fit the oracle on rank 0.")
         if not self.datasets: raise DatasetError("Nothing is recorded yet: fit a learner with this callback; after a broken-off fit call finish().")
         return self.datasets[-1]
 
@@ -220,6 +222,8 @@ class FMCSRecorder(Callback):
         self._live['t'] += 1
 
     def after_fit(self):
+        # the task loss of the whole batch; a fit that broke off leaves this rank's, since the others may be elsewhere
+        if self._live is not None and self._live['losses']: self._live['losses'] = list(torch.as_tensor(mean_over_ranks(torch.stack([l.float() for l in self._live['losses']]).cpu(), next(unwrap(self.model).parameters()).device)))
         self._end()
 
     def _end(self):
@@ -228,7 +232,7 @@ class FMCSRecorder(Callback):
         if self._live['losses']: self.finish()
         else:
             live,self._live = self._live,None
-            shutil.rmtree(live['path'], ignore_errors=True)
+            if is_main(): shutil.rmtree(live['path'], ignore_errors=True)
 
     def finish(self) -> FMCSDataset:
         "Take the last snapshot, label all of them and write the tables. Called automatically when the fit ends."
@@ -238,6 +242,7 @@ class FMCSRecorder(Callback):
         if not live['taken'] or live['t'] > live['taken'][-1]: self._snapshot()
         self._live = None
         losses = torch.stack([l.float().cpu() for l in live['losses']]).numpy()
+        if not is_main(): return None
         pd.DataFrame({'step':np.arange(len(losses)), 'loss':losses, 'lr':live['lrs']}).to_csv(live['path']/'steps.csv', index=False)
         snapshots = pd.DataFrame({'step':live['taken'], 'epoch':np.array(live['taken'])/live['card']['steps_per_epoch'], 'fmcs':np.nan})
         snapshots.to_csv(live['path']/'snapshots.csv', index=False)
@@ -249,6 +254,8 @@ class FMCSRecorder(Callback):
     # Internal ------------------------------------------------------------------------------------------------------
     def _start(self):
         dl,bs = self.dls.train,self.dls.train.bs if hasattr(self.dls.train, 'bs') else self.dls.train.batch_size
+        n_batches = len(dl)  # of a rank, where there are several
+        if isinstance(dl, DistributedDL): dl = dl.dl  # every rank reads the same images
         with no_random(self.sample_seed):
             n = min(self.n_images, len(dl.dataset))
             n = n//bs*bs if n >= bs else n
@@ -256,12 +263,12 @@ class FMCSRecorder(Callback):
             views = [_read_batches(dl, idxs, bs, split_idx) for split_idx in (1, 0)]
         plan = tap_plan(self.model, self.tap_names, x=self._to_model(views[0][0][0][:2]))
         n_epochs = self.n_epoch - next((cb._skip_to for cb in self.learn.cbs if hasattr(cb, '_skip_to')), 0)
-        schedule = snapshot_steps(n_epochs*len(dl), self.n_snapshots)
+        schedule = snapshot_steps(n_epochs*n_batches, self.n_snapshots)
         need = self._check_bytes(plan, len(schedule), n)
-        path,temporary = self._make_folder(need)
+        path,temporary = self._make_folder(need) if is_main() else (None, None)
         targets = torch.cat([torch.as_tensor(y).cpu() for _,y in views[0]]).as_subclass(torch.Tensor).numpy() if isinstance(views[0][0][1], torch.Tensor) else np.full(n, -1)
-        np.save(path/'targets.npy', targets)
-        card = dict(format=1, arch=plan.arch, plan=plan.to_dict(), n_images=n, image_indices=idxs.tolist(), modes=MODES, steps_per_epoch=len(dl),
+        if is_main(): np.save(path/'targets.npy', targets)
+        card = dict(format=1, arch=plan.arch, plan=plan.to_dict(), n_images=n, image_indices=idxs.tolist(), modes=MODES, steps_per_epoch=n_batches,
                     batch_size=bs, threshold=self.threshold, n_levels=self.n_levels, seed=self.sample_seed, version=__version__, run={})
         self._live = dict(views=views, schedule=schedule, next=0, t=0, loss=None, modes=[], taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
                           tap=FeatureTap(plan, keep_graph=False, reduce=pool_map))
@@ -307,7 +314,7 @@ class FMCSRecorder(Callback):
                     for m,t in training: m.training = t
                 for name,parts in self._read_maps(model, batches).items(): maps[name].append(torch.cat(parts))
         try:
-            for name,(ev,tr) in maps.items(): np.save(live['path']/'maps'/f"{name}.{len(live['taken']):03d}.npy", _to_float16(torch.stack([ev, tr])))
+            for name,(ev,tr) in maps.items() if is_main() else (): np.save(live['path']/'maps'/f"{name}.{len(live['taken']):03d}.npy", _to_float16(torch.stack([ev, tr])))
         except OSError as e:
             raise OSError(e.errno, f"the maps of step {live['t']} could not be written ({e.strerror or e}); the network is as it was before that step", str(live['path'])) from e
         live['taken'].append(live['t'])
