@@ -688,12 +688,21 @@ def plot_differences(
     if ax is None: ax = plt.subplots(figsize=(7, .9 + .45*len(t)), layout='constrained')[1]
     final = {(r['arm'], r['alpha'], r['lr'], r['seed']):100*r['accuracy'] for r in rows if r['phase'] == 'final'}
     plain_lr = table[table.arm == 'plain'].lr.iloc[0]
+    # One arm that ruins everything shall not squeeze the others into a line
+    size = t.difference.abs()
+    far = size > 4*size.median() + 2
+    dots = {}
     for i,r in t.iterrows():
-        d = [final[r.arm, r.alpha, r.lr, s] - final['plain', 0., plain_lr, s] for s in study.seeds if (r.arm, r.alpha, r.lr, s) in final and ('plain', 0., plain_lr, s) in final]
+        d = dots[i] = [final[r.arm, r.alpha, r.lr, s] - final['plain', 0., plain_lr, s] for s in study.seeds if (r.arm, r.alpha, r.lr, s) in final and ('plain', 0., plain_lr, s) in final]
         color = '#0072B2' if r.role == 'primary' else '0.35'
         ax.scatter(d, [i+.22]*len(d), s=18, color=color, alpha=.6, lw=0)
         if np.isfinite(r.low): ax.plot([r.low, r.high], [i, i], color=color, lw=2)
         if np.isfinite(r.difference): ax.plot(r.difference, i, 'D', color=color, ms=6)
+    near = np.array([v for i,d in dots.items() if not far[i] for v in (*d, t.low[i], t.high[i]) if np.isfinite(v)] or [0.])
+    if far.any() and not far.all():
+        left,right = min(near.min(), 0.) - .1*np.ptp(near) - .5, max(near.max(), 0.) + .1*np.ptp(near) + .5
+        ax.set_xlim(left, right)
+        for i in t.index[far]: ax.annotate(f"mean {t.difference[i]:+.1f}, outside", (left if t.difference[i] < 0 else right, i), (6 if t.difference[i] < 0 else -6, 0), textcoords='offset points', va='center', ha='left' if t.difference[i] < 0 else 'right', fontsize=8, color='0.35')
     ax.axvline(0, color='0.6', lw=1, ls='--')
     ax.set(yticks=range(len(t)), yticklabels=[f"{r.arm}{f', alpha {r.alpha:g}' if r.alpha and '@' not in r.arm else ''}{' (primary)' if r.role == 'primary' else ''}" for r in t.itertuples()],
            xlabel='test accuracy minus plain training\'s, points\n(dots: seeds; diamond and bar: mean, 95 % interval)', ylim=(-.6, len(t)-.4))

@@ -359,8 +359,9 @@ def test_memory_scores_a_batch_in_the_company_of_the_last_images(monkeypatch):
         steps = seen[i::-1]  # newest first
         company = {k: torch.cat([maps[k] for maps, *_ in steps])[:n+40] for k in steps[0][0]}
         want = oracle(company, torch.cat([y for _, y, _ in steps])[:n+40])
-        assert_close(seen[i][2].fmcs.detach(), want.fmcs[:n], atol=1e-4, rtol=0)
-        assert not torch.allclose(want.fmcs[:n], oracle(seen[i][0], seen[i][1]).fmcs, atol=1e-3)  # company matters
+        alone = oracle(seen[i][0], seen[i][1])
+        assert_close(seen[i][2].fmcs.detach(), torch.cat([alone.fmcs[:, :1], want.fmcs[:n, 1:]], 1), atol=1e-4, rtol=0)  # the first of three taps does not count
+        assert not torch.allclose(want.fmcs[:n, 1:], alone.fmcs[:, 1:], atol=1e-3)  # company matters
     assert cb._company is None  # nothing is held after the fit
 
 def test_memory_is_off_by_default_and_gives_small_batches_company():
@@ -389,15 +390,15 @@ def test_labels_and_shares_join():
     assert _join_targets(b, torch.tensor([5])).shape == (2, 6)
 
 def test_other_sizes_start_a_new_memory():
+    "Images of another size between two batches: what does not fit beside them is let go."
     cb = FMCECallback(.9, memory=50)
     cb.learn = make_learner()
     plan = tap_plan(cb.learn.model, x=torch.zeros(2, 3, 16, 16))
-    cb._scorer, cb._targets = cb.oracle.on(plan), torch.arange(16) % 4
+    cb._tap, cb._scorer, cb._counted, cb._targets = FeatureTap(plan), cb.oracle.on(plan), torch.tensor([False, True, True]), torch.arange(16) % 4
     maps = lambda side: {t.name: torch.randn(16, t.channels, side, side) for t in plan}
-    first = maps(4)
-    cb._score(first)
-    assert_close(cb._score(maps(2)).fmcs.shape, torch.Size([16, len(plan)]))
-    assert all(m.shape == (16, t.channels, 2, 2) for m, t in zip(cb._company[0].values(), plan))
+    for side, kept in ((4, 16), (4, 32), (2, 16)):
+        assert cb._score(maps(side)).fmcs.shape == (16, 3)
+        assert {m.shape for m in cb._company[0].values()} == {(kept, plan.channels[n], side, side) for n in plan.names[1:]}
 
 @pytest.mark.parametrize("memory", [-1, 2.5, True, "all"])
 def test_a_memory_that_is_no_number_of_images_is_refused(memory):
