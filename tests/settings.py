@@ -1,0 +1,111 @@
+"Every setting of fastai that the callbacks are proven in: what is set up, and what is to come of it. `test_settings.py` runs them; the table in the documentation is made from them."
+
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.rnn import ModelResetter
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.losses import LabelSmoothingCrossEntropyFlat
+from torch import nn
+
+from fmce_fastai.callback import FMCECallback
+from helpers import tensor_dls
+
+
+# Callbacks that people write themselves ----------------------------------------------------------------------------
+class Autocast(Callback):
+    "The CPU twin of `MixedPrecision`, which autocasts on the GPU only."
+    order, run_valid = FMCECallback.order-1, False
+    def before_batch(self): self.ctx = torch.autocast("cpu", torch.bfloat16); self.ctx.__enter__()
+    def before_backward(self): self.ctx.__exit__(None, None, None)
+
+class Average(Callback):
+    "An exponential moving average of the weights, swapped in for validation."
+    def before_fit(self): self.kept = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+    def after_batch(self):
+        if self.training:
+            for k, v in self.model.state_dict().items():
+                if v.is_floating_point(): self.kept[k].lerp_(v, .1)
+    def _swap(self):
+        own = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.kept)
+        self.kept = own
+    def before_validate(self): self._swap()
+    def after_validate(self): self._swap()
+
+class Targets(Callback):
+    "Other targets than class labels, made of them."
+    order, run_valid = -10, True
+    def __init__(self, make): self.make = make
+    def before_batch(self): self.learn.yb = tuple(self.make(self.xb[0].as_subclass(torch.Tensor), self.yb[0].as_subclass(torch.Tensor)))
+
+class Segmenter(nn.Module):
+    "A network that says a class for every pixel."
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.out = net, nn.Conv2d(16, 10, 1)
+    def forward(self, x):
+        return F.interpolate(self.out(self.net.stage2(self.net.stage1(self.net.stem(x)))), x.shape[-2:])
+
+def multi_label(x, y): return F.one_hot(y, 10).float(),
+def number(x, y): return y.float()[:, None],
+def pixels(x, y): return y[:, None, None].expand(-1, *x.shape[-2:]).contiguous(),
+def two(x, y): return y, y.float()
+
+def fit(learn, n=2, **kwargs): learn.fit(n, 1e-2, **kwargs)
+def fine_tune(learn):
+    import fastai.callback.schedule
+    learn.fine_tune(1, freeze_epochs=1)
+def sizes(learn):
+    learn.fit(1, 1e-2)
+    learn.dls = tensor_dls(size=24)
+    learn.fit(1, 1e-2)
+def compiled(learn):
+    learn.model = torch.compile(learn.model, backend="eager")
+    learn.fit(1, 1e-2)
+def checkpointed(learn):
+    learn.model.set_grad_checkpointing(True)
+    learn.fit(1, 1e-2)
+
+class Setting:
+    "`cbs`: callbacks; `before`: what is done to the learner; `fit`: how it is trained; `nets`, `oracles`: where it applies; `result`: 'acts', 'watches', or the words of a refusal."
+    def __init__(self, cbs=None, before=None, fit=fit, result="acts", nets=("cnn", "vit"), oracles=("fitted", "universal"), learner=None, note="", loss=None):
+        self.cbs, self.before, self.fit, self.result, self.nets, self.oracles, self.learner, self.note, self.loss = cbs or (lambda path: []), before or (lambda learn: None), fit, result, nets, oracles, learner or {}, note, loss
+
+SETTINGS = {
+    # Precision and speed
+    "`to_fp16()`, `to_bf16()` (CPU twin: autocast to bfloat16)": Setting(lambda p: [Autocast()], note="the oracle itself runs in float32"),
+    "`to_channelslast()`": Setting(lambda p: [ChannelsLast()]),
+    "`GradientAccumulation`": Setting(lambda p: [GradientAccumulation(32)], note="RAL is divided like the task loss"),
+    "`GradientClip`": Setting(lambda p: [GradientClip(.1)]),
+    "`torch.compile`d model": Setting(fit=compiled, nets=("cnn",), note="modules inside are found; if hooks never fire, a message says so"),
+    "activation checkpointing (timm)": Setting(fit=checkpointed, nets=("vit",)),
+    # Other tasks
+    "several labels an image": Setting(lambda p: [Targets(multi_label)], loss=nn.BCEWithLogitsLoss(), result={"fitted": "acts", "universal": "watches"}, note="no class labels: the universal oracle watches unless `when` says otherwise"),
+    "regression": Setting(lambda p: [Targets(number)], loss=lambda o, y: ((o.mean(1, keepdim=True) - y)**2).mean(), result={"fitted": "acts", "universal": "watches"}, note="as above"),
+    "segmentation": Setting(lambda p: [Targets(pixels)], before=lambda l: setattr(l, "model", Segmenter(l.model)), loss=nn.CrossEntropyLoss(), nets=("cnn",), oracles=("universal",), result="watches", note="as above"),
+    "several targets": Setting(lambda p: [Targets(two)], loss=lambda o, a, b: F.cross_entropy(o, a) + o.mean()*b.mean(), result={"fitted": "acts", "universal": "watches"}, note="as above"),
+    # Other callbacks
+    "`MixUp`": Setting(lambda p: [MixUp()], note="the universal oracle gets shares of class"),
+    "`CutMix`": Setting(lambda p: [CutMix()], note="as above"),
+    "label smoothing": Setting(loss=LabelSmoothingCrossEntropyFlat()),
+    "`SaveModelCallback`": Setting(lambda p: [SaveModelCallback(with_opt=True)]),
+    "`EarlyStoppingCallback`": Setting(lambda p: [EarlyStoppingCallback(patience=1, min_delta=10.)], fit=lambda l: l.fit(4, 1e-2), note="it stops by the task loss"),
+    "`ReduceLROnPlateau`": Setting(lambda p: [ReduceLROnPlateau(patience=1, min_delta=10.)], fit=lambda l: l.fit(3, 1e-2)),
+    "`CSVLogger`": Setting(lambda p: [CSVLogger("log.csv")]),
+    "`ShowGraphCallback`": Setting(lambda p: [ShowGraphCallback()]),
+    "`ModelResetter`": Setting(lambda p: [ModelResetter()], before=lambda l: setattr(l.model, "reset", lambda: None)),
+    "averaged weights": Setting(lambda p: [Average()]),
+    # Ways of training
+    "`fine_tune`": Setting(fit=fine_tune),
+    "`fit(start_epoch=)`": Setting(fit=lambda l: l.fit(2, 1e-2, start_epoch=1)),
+    "images of another size in the next fit": Setting(fit=sizes, nets=("cnn",)),
+    "a short last batch": Setting(learner=dict(n=72), oracles=("fitted",)),
+    "a last batch of fewer than 8 images": Setting(learner=dict(n=68), oracles=("universal",), result="partly", note="the universal oracle scores batches of 8 or more; that step is plain, and counted as `not_valid`"),
+    "batch size 1": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("fitted",)),
+    "batch size 1, universal oracle": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("universal",), result="not_valid", note="as above; `memory=64` gives it company"),
+}
