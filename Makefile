@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO ?=
 SWEEP ?=
 
-.PHONY: demo test sweep export readme clean
+.PHONY: demo test sweep soak export readme clean
 
 demo: .venv/.installed
 	$(BIN)/fmce_train $(DEMO)
@@ -19,6 +19,10 @@ test: .venv/.installed
 # Every timm family, trained for two batches in four settings: under two hours on two cores. It goes on where it was stopped; SWEEP="--families resnet,eva --jobs 1" passes options.
 sweep: .venv/.installed
 	$(BIN)/python benchmarks/timm_sweep.py $(SWEEP)
+
+# Broken files by the thousand, and 2,000 steps with callback and recorder: some minutes
+soak: .venv/.installed
+	cd tests && ../$(BIN)/python -W ignore soak.py 20000 && ../$(BIN)/python -W ignore test_memory.py 2000
 
 export: .venv/.installed
 	$(BIN)/nbdev-export

@@ -94,6 +94,15 @@ class DatasetError(ValueError):
 MODES = ('eval', 'train')
 
 # %% ../nbs/03_recorder.ipynb #3bf09654
+def _load_array(path):
+    "The array in an .npy file, mapped and not read: what its header promises must be there. Raises `OSError` or `ValueError`; nothing is unpickled."
+    try: array = np.load(path, mmap_mode='r', allow_pickle=False)
+    except OSError: raise
+    except Exception as e: raise ValueError(f"{Path(path).name} is no array ({type(e).__name__}: {e})") from e  # NumPy lets through what its parser of headers raises
+    if isinstance(array, np.ndarray): return array
+    array.close()  # an archive of arrays
+    raise ValueError(f"{Path(path).name} is an archive, not an array: it is no array that a recorder writes")
+
 class FMCSDataset:
     "Recorded feature maps with their Feature Map Convergence Scores: open one with `FMCSDataset(path)`."
     def __init__(self,
@@ -105,13 +114,28 @@ class FMCSDataset:
             self.card = json.loads((self.path/'card.json').read_text(encoding='utf-8'))
             self.plan = TapPlan.from_dict(self.card['plan'])
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
-            self.targets = np.load(self.path/'targets.npy', allow_pickle=False)
+            self.targets = np.array(_load_array(self.path/'targets.npy'))
             for file,frame,columns in (('steps.csv', self.steps, ('loss', 'lr')), ('snapshots.csv', self.snapshots, ('step', 'epoch', 'fmcs'))):
                 if lacking := [c for c in columns if c not in frame]: raise ValueError(f"{file} has no column {', '.join(lacking)}")
+                for c in columns: frame[c] = frame[c].astype(float)
+            self._check_numbers()
         except FileNotFoundError as e: raise DatasetError(f"{self.path} is not a finished FMCS data set: {Path(e.filename).name} is missing. Record one with FMCSRecorder; after a broken-off fit call its finish().") from e
-        except (KeyError, TypeError, ValueError, EOFError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
+        except (KeyError, TypeError, ValueError, EOFError, OverflowError, RecursionError, AttributeError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
         missing = [f.name for i in range(len(self)) for f in map(self._file, self.plan.names, [i]*len(self.plan)) if not f.is_file()]
         if missing: raise DatasetError(f"{self.path} is damaged: {len(missing)} of its map files are missing, first {missing[0]}. Record it anew with FMCSRecorder.")
+
+    def _check_numbers(self):
+        "Raise `ValueError` for tables or a card that no recorder writes."
+        for key,least in (('steps_per_epoch', 1), ('n_levels', 2), ('n_images', 1)):
+            if not isinstance(self.card[key], int) or self.card[key] < least: raise ValueError(f"{key} is {self.card[key]!r}")
+        if not isinstance(self.card['threshold'], (int, float)) or not 0 < self.card['threshold'] < float('inf'): raise ValueError(f"threshold is {self.card['threshold']!r}")
+        if not isinstance(self.card['run'], dict): raise ValueError(f"run is {self.card['run']!r}")
+        if not len(self.steps) or not len(self.snapshots): raise ValueError("a table is empty")
+        if self.targets.ndim < 1 or len(self.targets) != self.card['n_images']: raise ValueError(f"{self.targets.shape} targets for {self.card['n_images']} images")
+        if np.isinf(self.steps.lr).any(): raise ValueError("steps.csv has an infinite learning rate")
+        steps = self.snapshots.step
+        if not (np.isfinite(steps) & (steps == steps.round()) & (steps >= 0) & (steps <= len(self.steps))).all() or not steps.is_monotonic_increasing: raise ValueError("snapshots.csv has impossible steps")
+        self.snapshots['step'] = steps.astype(int)
 
     def __len__(self): return len(self.snapshots)
     def _file(self, name, i): return self.path/'maps'/f'{name}.{i:03d}.npy'
@@ -130,12 +154,10 @@ class FMCSDataset:
         i:int, # A snapshot
     ) -> np.ndarray: # (2, N, C, h, w) float16, read from disk as needed
         "The recorded maps of one tap at one snapshot: eval mode, then training mode."
-        try: maps = np.load(self._file(name, i), mmap_mode='r', allow_pickle=False)
-        except (OSError, EOFError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
+        try: maps = _load_array(self._file(name, i))
+        except (OSError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
         want = (2, self.n_images, self.plan.channels[name])
-        if not isinstance(maps, np.ndarray):
-            maps.close()  # an archive of arrays
-            raise DatasetError(f"{self._file(name, i)} is damaged: it is no array. Record the data set anew with FMCSRecorder.")
+        if maps.dtype != np.float16: raise DatasetError(f"{self._file(name, i)} holds {maps.dtype}, not float16. Record the data set anew with FMCSRecorder.")
         if maps.shape[:3] != want or maps.ndim != 5: raise DatasetError(f"{self._file(name, i)} has shape {maps.shape}, not {want} and a grid. Record the data set anew with FMCSRecorder.")
         return maps
 

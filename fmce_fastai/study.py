@@ -96,7 +96,12 @@ class Study:
         return len(self.lrs) > 1 or arm == self.primary and len(_alphas(self, arm)) > 1
     def save(self, folder): _write_json(Path(folder)/'study.json', asdict(self))
     @classmethod
-    def load(cls, folder): return cls(**_read_json(Path(folder)/'study.json'))
+    def load(cls, folder):
+        path = Path(folder)/'study.json'
+        values = _read_json(path)
+        try: return cls(**values)
+        except StudyError: raise
+        except Exception as e: raise StudyError(f"{path} holds no settings of a study ({e}). Restore it, or start in a new folder.") from e  # whatever a foreign value provokes
 
 @contextmanager
 def _whole(path):
@@ -501,12 +506,20 @@ def final_jobs(study, rows):
     rates,_ = chosen(study, rows)
     return [Job('final', arm, a, rates[arm, a], s) for s in study.seeds for arm in study.arms for a in _alphas(study, arm) if (arm, a) in rates]
 
+_ROW = dict(phase=str, arm=str, alpha=(int, float), lr=(int, float), seed=int, accuracy=(int, float), steps=int, batches=str, start=str, images=int)
+
+def _checked(path, row):
+    "`row`, if it is the result of a run."
+    wrong = [k for k,kind in _ROW.items() if not isinstance(row.get(k), kind)] if isinstance(row, dict) else list(_ROW)
+    if wrong: raise StudyError(f"{path} is no result of a run: {wrong[0]} is missing or of another type. Delete it; what it held is done again.")
+    return row
+
 def read_rows(
     folder, # The study's
 ) -> list: # One dict per finished run, in a fixed order
     "The results so far; of a folder that was kept without its `runs`, those in `runs.csv`."
     folder = Path(folder)
-    rows = [_read_json(p) for p in (folder/'runs').glob('*.json')]
+    rows = [_checked(p, _read_json(p)) for p in (folder/'runs').glob('*.json')]
     if not rows and (folder/'runs.csv').exists():
         kept = pd.read_csv(folder/'runs.csv')
         rows = kept[[c for c in kept if not c.startswith('study_')]].to_dict('records')

@@ -7,6 +7,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.rnn import ModelResetter
+from fastai.callback.tensorboard import TensorBoardCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.losses import LabelSmoothingCrossEntropyFlat
@@ -98,6 +99,7 @@ SETTINGS = {
     "`ReduceLROnPlateau`": Setting(lambda p: [ReduceLROnPlateau(patience=1, min_delta=10.)], fit=lambda l: l.fit(3, 1e-2)),
     "`CSVLogger`": Setting(lambda p: [CSVLogger("log.csv")]),
     "`ShowGraphCallback`": Setting(lambda p: [ShowGraphCallback()]),
+    "`TensorBoardCallback`": Setting(lambda p: [TensorBoardCallback(log_dir=p, trace_model=False, log_preds=False)]),
     "`ModelResetter`": Setting(lambda p: [ModelResetter()], before=lambda l: setattr(l.model, "reset", lambda: None)),
     "averaged weights": Setting(lambda p: [Average()]),
     # Ways of training
@@ -109,3 +111,35 @@ SETTINGS = {
     "batch size 1": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("fitted",)),
     "batch size 1, universal oracle": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("universal",), result="not_valid", note="as above; `memory=64` gives it company"),
 }
+
+# What is no way of training: (what, what holds, the test that proves it)
+OTHERS = [
+    ("`alpha=0`", "weights, losses and random state are those of a learner without the callback, bit for bit", "test_callback.py::test_alpha_0_changes_no_bit"),
+    ("`validate`, `get_preds`, `tta`, `predict`, `show_results`, `lr_find`", "the same outputs and random state, bit for bit; `validate()` returns as many values as before", "test_callback.py::test_validation_prediction_and_lr_find_are_untouched"),
+    ("`Interpretation`", "the same losses and predictions", "test_settings.py::test_interpretation_is_untouched"),
+    ("a frozen body", "steps stay plain, and a warning says so; with `train_bn=True` maps carry gradient", "test_callback.py::test_a_frozen_body_is_told"),
+    ("Ctrl-C, exceptions, `Cancel...Exception` in any event", "no hook, no column, no helper is left; the next fit is right", "test_callback.py::test_nothing_is_left_however_a_fit_ends"),
+    ("Ctrl-C or an exception inside `model.forward`", "at most one set of hooks, which acts no more and goes with the next fit, export or `detach()`", "test_callback.py::test_an_error_inside_the_networks_forward"),
+    ("`learn.export`, `load_learner`", "without oracle, hooks or maps; predicts; training again asks for an oracle", "test_callback.py::test_export_holds_no_oracle_and_no_hook"),
+    ("two processes (`accelerate launch`, `distrib_ctx`)", "the weights of one process with the whole batch (fitted oracle), of the mean of its two halves (universal); scores are means over processes; one recording", "test_distributed.py::test_both_processes_end_with_the_weights_of_one"),
+    ("`SyncBatchNorm`", "by structure: taps are found after the conversion; its numbers need GPUs and are unproven", "test_distributed.py::test_sync_batch_norm_keeps_the_taps"),
+    ("`to_fp16()` with loss scaling on a GPU", "needs a GPU; unproven here", "test_settings.py::test_cuda_mixed_precision"),
+    ("maps that are NaN, infinite or constant", "such images are not scored; a step without any stays plain", "test_callback.py::test_nan_maps_are_not_scored"),
+    ("a loss that is NaN", "stays as it is", "test_callback.py::test_a_loss_that_is_not_finite_stays_as_it_is"),
+    ("modules called twice or never, shared, with tuples or dicts as outputs", "read where the plan says, or refused by name", "test_architectures.py"),
+    ("oracle files that are cut, flipped, foreign or pickles", "`OracleFileError`, nothing executed", "test_oracle.py::test_flipped_bits"),
+    ("data sets and study folders that are damaged", "`DatasetError`, `StudyError`", "test_recorder.py::test_damaged_folders_are_named"),
+    ("2,000 steps with callback and recorder", "memory stays flat (`make soak` prints the figures)", "test_memory.py"),
+]
+
+def table():
+    "The table of the documentation, in Markdown."
+    words = {"acts": "works", "watches": "watches", "partly": "works, but for that step", "not_valid": "stays plain"}
+    def says(result):
+        return words[result] if isinstance(result, str) else "; ".join(f"{o} oracle: {words[r]}" for o, r in result.items())
+    nets = dict(cnn="CNN", vit="ViT")
+    rows = [[name, says(s.result) + (f" ({s.note})" if s.note else ""), f"{', '.join(nets[n] for n in s.nets)}; {', '.join(s.oracles)}", "`test_settings.py::test_the_table`"] for name, s in SETTINGS.items()]
+    rows += [[what, holds, "", f"`{test}`"] for what, holds, test in OTHERS]
+    return "\n".join("| " + " | ".join(r) + " |" for r in [["setting", "what happens", "networks; oracles", "proven by"], ["---"]*4, *rows])
+
+if __name__ == "__main__": print(table())

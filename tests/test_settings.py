@@ -1,5 +1,7 @@
 "Contracts with fastai: in every setting of the table RAL acts, watches or is refused as the table says, the loss is the written formula, and nothing is left."
+import json
 import warnings
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,8 +15,8 @@ from fmce_fastai.callback import FMCECallback
 from fmce_fastai.oracle import FMCENet
 from fmce_fastai.recorder import FMCSRecorder
 from fmce_fastai.taps import hook_count
-from helpers import assert_same, make_oracle, rng_state, seed_all, tensor_learner, weights
-from settings import SETTINGS
+from helpers import assert_same, make_learner, make_oracle, rng_state, seed_all, tensor_learner, weights
+from settings import OTHERS, SETTINGS, table
 
 CASES = [(name, net, oracle) for name, s in SETTINGS.items() for net in s.nets for oracle in s.oracles]
 
@@ -85,3 +87,41 @@ def test_recorded_in_every_setting_and_not_a_bit_is_changed(name, net, tmp_path)
     for w, state in after[1:]:
         assert_same(after[0][0], w)
         assert state == after[0][1]
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU twin is the first row of the table")
+@pytest.mark.parametrize("half", ["to_fp16", "to_bf16"])
+@pytest.mark.parametrize("oracle", ["fitted", "universal"])
+def test_cuda_mixed_precision(half, oracle, tmp_path):
+    import fastai.callback.fp16
+    learn = make_learner(path=tmp_path)
+    learn.dls.to("cuda")
+    learn.model.cuda()
+    learn.logger = lambda *_: None
+    ral = FMCECallback(.5, make_oracle(learn.model) if oracle == "fitted" else None)
+    learn.add_cb(ral)
+    getattr(learn, half)()
+    learn.fit(2)
+    assert (ral.history.acted == ral.history.steps).all() and np.isfinite(ral.history[["fmcs", "fmcs_loss", "gradient_ratio"]].to_numpy()).all()
+
+def test_interpretation_is_untouched(tmp_path):
+    from fastai.interpret import ClassificationInterpretation
+    seen = []
+    for cbs in ([], [FMCECallback(.9)], [FMCSRecorder()]):
+        learn = make_learner(path=tmp_path, cbs=cbs)
+        learn.logger = lambda *_: None
+        found = ClassificationInterpretation.from_learner(learn)
+        seen.append((found.top_losses(5, items=False), found.confusion_matrix()))
+        assert hook_count(learn.model) == 0
+    for losses, confusion in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(losses, seen[0][0])) and (confusion == seen[0][1]).all()
+
+def test_every_row_of_the_table_names_a_test_that_is_there():
+    here = Path(__file__).parent
+    for _, _, test in OTHERS:
+        file, _, name = test.partition("::")
+        assert f"def {name}" in (here/file).read_text()
+
+def test_the_table_of_the_documentation_is_this_one():
+    page = json.loads((Path(__file__).parents[1]/"nbs"/"integration.ipynb").read_text())
+    assert table() in "".join("".join(c["source"]) + "\n" for c in page["cells"]), f"python tests/settings.py prints another table:\n{table()}"
