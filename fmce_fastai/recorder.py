@@ -111,6 +111,7 @@ class FMCSDataset:
     ):
         self.path,self._keep = Path(path),_keep
         try:
+            if links := [f for f in self.path.rglob('*') if f.is_symlink()]: raise ValueError(f"{links[0].name} is a link; a data set holds its own files")
             self.card = json.loads((self.path/'card.json').read_text(encoding='utf-8'))
             self.plan = TapPlan.from_dict(self.card['plan'])
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
@@ -129,6 +130,7 @@ class FMCSDataset:
         for key,least in (('steps_per_epoch', 1), ('n_levels', 2), ('n_images', 1)):
             if not isinstance(self.card[key], int) or self.card[key] < least: raise ValueError(f"{key} is {self.card[key]!r}")
         if not isinstance(self.card['threshold'], (int, float)) or not 0 < self.card['threshold'] < float('inf'): raise ValueError(f"threshold is {self.card['threshold']!r}")
+        if outside := [n for n in self.plan.names if Path(n).name != n or '\\' in n]: raise ValueError(f"{outside[0]!r} is no name of a tap: it leads out of the folder")
         if not isinstance(self.card['run'], dict): raise ValueError(f"run is {self.card['run']!r}")
         if not len(self.steps) or not len(self.snapshots): raise ValueError("a table is empty")
         if self.targets.ndim < 1 or len(self.targets) != self.card['n_images']: raise ValueError(f"{self.targets.shape} targets for {self.card['n_images']} images")

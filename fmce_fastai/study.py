@@ -118,9 +118,10 @@ def _write_json(path, values):
     with _whole(path) as part: part.write_text(json.dumps(values, indent=1), encoding='utf-8')
 
 def _read_json(path):
+    if Path(path).is_symlink(): raise StudyError(f"{path} is a link; a study's folder holds its own files. Put the file itself there.")
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError as e: raise StudyError(f"{path} is missing: {Path(path).parent} is no study's folder. Start one with run_study(study, folder).") from e
-    except (ValueError, OSError) as e: raise StudyError(f"{path} cannot be read ({e}). Delete it; what it held is done again.") from e
+    except (ValueError, OSError, RecursionError) as e: raise StudyError(f"{path} cannot be read ({e}). Delete it; what it held is done again.") from e
 
 # %% ../nbs/10_study.ipynb #a4461f77
 class _AddLoss(Callback):
@@ -778,6 +779,6 @@ def presets() -> dict: # Name -> {study's name: Study}
     # Pretrained weights, few images: forms and rates from `benchmarks/search.py`
     few = Study(('plain', 'scaled@0.97', 'shuffled@0.97', 'keep-maps', 'supcon@0.5', 'label-smoothing', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97', 'ral-memory@0.99', 'ral-universal+mixup@0.97'), primary='ral-memory@0.97',
                 data='fashion_mnist', root='data', n_train=50, n_eval=3000, size=48, bs=25, arch='tf_efficientnet_lite0', weights='efficientnet-lite0', epochs=50, lrs=(3e-3,), body_lr=.3, freeze_norm=True, head='linear', channels_last=True, seeds=tuple(range(10)))
-    more = replace(few, arms=('plain', 'scaled@0.97', 'label-smoothing', 'mixup', 'alignment@0.97', 'ral-universal', 'ral-memory@0.97'), alphas=(.5, .9), n_train=200, epochs=20, size=64)
+    more = replace(few, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal', 'ral-memory@0.97'), alphas=(.5, .9), n_train=200, epochs=20, size=64)
     few = {'5-a-class':few, '20-a-class':more, '100-a-class':replace(more, n_train=1000, bs=50, epochs=6)}
     return {'digits':{'digits':Study()}, 'paper':paper, 'paper-mini':mini, 'scratch':scratch, 'few-images':few}

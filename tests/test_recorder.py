@@ -1,5 +1,6 @@
 "Contracts of the recorder: training unchanged to the last bit, maps that are the network's, damage that is named."
 import json
+import pickle
 import shutil
 import warnings
 
@@ -225,7 +226,17 @@ HARM = {"no card": lambda p: (p/"card.json").unlink(), "cut card": lambda p: (p/
         "no maps": lambda p: shutil.rmtree(p/"maps"), "a map missing": lambda p: (p/"maps"/"stem.001.npy").unlink(), "empty map": lambda p: (p/"maps"/"stem.001.npy").write_bytes(b""),
         "cut map": lambda p: (p/"maps"/"stem.001.npy").write_bytes((p/"maps"/"stem.001.npy").read_bytes()[:-3]), "other map": lambda p: np.save(p/"maps"/"stem.001.npy", np.zeros((2, 3, 4))),
         "steps without loss": lambda p: (p/"steps.csv").write_text("a,b\n1,2\n"), "snapshots without fmcs": lambda p: (p/"snapshots.csv").write_text("step\n0\n1\n2\n3\n"),
-        "map is a zip": lambda p: (np.savez(p/"z.npz", x=np.zeros(3)), (p/"z.npz").replace(p/"maps"/"stem.001.npy"))}
+        "map is a zip": lambda p: (np.savez(p/"z.npz", x=np.zeros(3)), (p/"z.npz").replace(p/"maps"/"stem.001.npy")),
+        "targets are a zip bomb": lambda p: (np.savez_compressed(p/"z.npz", x=np.zeros(20_000_000)), (p/"z.npz").replace(p/"targets.npy")),
+        "targets are a pickle": lambda p: (p/"targets.npy").write_bytes(pickle.dumps(Trap())), "map is a pickled array": lambda p: np.save(p/"maps"/"stem.001.npy", np.array([Trap()], dtype=object), allow_pickle=True),
+        "a header that promises terabytes": lambda p: (p/"targets.npy").write_bytes((p/"targets.npy").read_bytes().replace(b"(16,)", b"(9999999999999,)".ljust(5))),
+        "a link": lambda p: ((p/"steps.csv").rename(p.parent/"elsewhere.csv"), (p/"steps.csv").symlink_to(p.parent/"elsewhere.csv")),
+        "a tap outside the folder": lambda p: (p/"card.json").write_text((p/"card.json").read_text().replace('"name": "stem"', '"name": "../../stem"')),
+        "text in a column of numbers": lambda p: (p/"steps.csv").write_text("step,loss,lr\n0,x,1\n"), "negative steps": lambda p: (p/"snapshots.csv").write_text("step,epoch,fmcs\n-1,0,0\n0,1,0\n1,1,1\n2,1,1\n")}
+
+class Trap:
+    "What a pickle must never do here."
+    def __reduce__(self): return (pytest.fail, ("a pickle was executed",))
 
 def test_a_broken_off_prediction_does_not_silence_the_next_fit():
     rec = FMCSRecorder(16, 4)

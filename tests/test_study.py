@@ -278,6 +278,17 @@ def test_a_damaged_result_is_named(tmp_path):
     with pytest.raises(StudyError, match=f"{f.name} cannot be read.*Delete it"): run_study(None, tmp_path, bar=False)
     f.unlink()
     assert len(quiet(None, tmp_path)) == 2
+    for text, words in (("[1]", "is no result of a run"), ('{"phase": "final"}', "arm is missing"), ("[" * 100_000, "cannot be read")):
+        (tmp_path/"runs"/"x.json").write_text(text)
+        with pytest.raises(StudyError, match=words): read_rows(tmp_path)
+    (tmp_path/"runs"/"x.json").unlink()
+    (tmp_path/"runs"/"x.json").symlink_to(f)
+    with pytest.raises(StudyError, match="is a link"): read_rows(tmp_path)
+    (tmp_path/"runs"/"x.json").unlink()
+    (tmp_path/"other").mkdir()
+    for text in ("[]", '{"heed": 1}', '{"seeds": 3}'):
+        (tmp_path/"other"/"study.json").write_text(text)
+        with pytest.raises(StudyError, match="no settings of a study"): Study.load(tmp_path/"other")
     with pytest.raises(StudyError, match="holds another study: n_train is 96 there and 97 here"): run_study(replace(study, n_train=97), tmp_path, bar=False)
 
 def test_stage_1_is_trained_once_and_its_oracle_used(tmp_path, monkeypatch):
