@@ -50,7 +50,7 @@ def test_tables_of_the_pages_are_those_of_the_benchmarks(figures, name):
     assert len(make().splitlines()) > 2 and make() in text, f"python tools/figures.py prints another table:\n{make()}"
 
 
-@pytest.mark.parametrize("name", ["overhead", "oracles", "architectures", "gains", "universal", "untrained"])
+@pytest.mark.parametrize("name", ["overhead", "oracles", "architectures", "gains", "universal", "untrained", "few_images"])
 def test_figures_are_those_of_the_benchmarks(figures, name):
     table = figures.TABLES[name]()
     assert len(table.splitlines()) > 2, "no benchmark file was found"
