@@ -104,7 +104,7 @@ class FMCECallback(Callback):
         self.alpha,self.oracle,self.tap_names,self.when,self.fmcs_loss,self.target_mode = alpha,FMCENet.universal() if oracle is None else oracle,taps,_check_when(when),fmcs_loss,targets
         self.memory,self._company = int(memory),None
         self._tap,self._online,self._epoch,self._rows,self._fit,self._scorer,self._targets = None,None,[],[],0,None,None
-        self._last = (float('nan'),)*3
+        self._last,self._warned = (float('nan'),)*3,False
 
     @property
     def learn(self): return self._learn
@@ -119,6 +119,9 @@ class FMCECallback(Callback):
     def before_fit(self):
         self._leave()  # what an earlier fit left that broke off
         if not _is_training_fit(self.learn): return
+        if self.oracle is not None and self.oracle.card.get('run', {}).get('status') == 'not converged' and not self._warned:
+            self._warned = True
+            warnings.warn("This oracle was fitted to a run that did not converge: it never saw a converged map, and pulls towards what the network was when that run ended. In a study (results page) RAL with such oracles lost 2 to 10 points. Train stage 1 longer, or use the universal oracle.")
         self._begin()
         self.learn.metrics = self.learn.metrics + [_Column(self, i, name) for i,name in enumerate(('fmcs_loss', 'fmcs', 'fmcs_last'))]
 
@@ -173,6 +176,7 @@ class FMCECallback(Callback):
         if self.oracle is None: raise OracleError("This FMCECallback lost its oracle when the Learner was exported. Give it one before training: "
             "`learn.fmce.oracle = FMCENet.load(path)`, or `FMCENet.universal()`.")
         self.oracle.freeze().to(next(self.model.parameters()).device)
+        if self.memory and not isinstance(self.oracle, UniversalFMCENet): raise OracleError(f"memory is {self.memory}, but the oracle is a {type(self.oracle).__name__}: it scores each image by itself. Set `learn.fmce.memory = 0`.")
         plan = self.oracle.plan
         if plan is None: return None  # the universal oracle: the network is probed with its first batch
         wanted = plan.names if self.tap_names is None else list(np.atleast_1d(self.tap_names))

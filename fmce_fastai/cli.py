@@ -669,6 +669,7 @@ def fmce_study(
     taps:str=None, # Taps that count in the FMCS loss
     oracle:str=None, # File of a universal oracle, for ral-universal
     fmcs_loss:str=None, # nll or gap
+    memory:int=None, # Images of earlier steps that keep a batch company, in the arm ral-memory
     head:str=None, # fastai or linear
     freeze_norm:store_true=False, # The body's batch norm in eval mode
     channels_last:store_true=False, # Memory format; often faster

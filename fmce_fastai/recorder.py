@@ -94,6 +94,11 @@ class DatasetError(ValueError):
 MODES = ('eval', 'train')
 
 # %% ../nbs/03_recorder.ipynb #3bf09654
+def _own(path):
+    "`path`, if it is no link: a data set holds its own files."
+    if path.is_symlink(): raise ValueError(f"{path.name} is a link; a data set holds its own files")
+    return path
+
 def _load_array(path):
     "The array in an .npy file, mapped and not read: what its header promises must be there. Raises `OSError` or `ValueError`; nothing is unpickled."
     try: array = np.load(path, mmap_mode='r', allow_pickle=False)
@@ -111,7 +116,7 @@ class FMCSDataset:
     ):
         self.path,self._keep = Path(path),_keep
         try:
-            if links := [f for f in self.path.rglob('*') if f.is_symlink()]: raise ValueError(f"{links[0].name} is a link; a data set holds its own files")
+            for f in ('card.json', 'steps.csv', 'snapshots.csv', 'targets.npy'): _own(self.path/f)
             self.card = json.loads((self.path/'card.json').read_text(encoding='utf-8'))
             self.plan = TapPlan.from_dict(self.card['plan'])
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
@@ -121,7 +126,7 @@ class FMCSDataset:
                 for c in columns: frame[c] = frame[c].astype(float)
             self._check_numbers()
         except FileNotFoundError as e: raise DatasetError(f"{self.path} is not a finished FMCS data set: {Path(e.filename).name} is missing. Record one with FMCSRecorder; after a broken-off fit call its finish().") from e
-        except (KeyError, TypeError, ValueError, EOFError, OverflowError, RecursionError, AttributeError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
+        except (KeyError, TypeError, ValueError, EOFError, OverflowError, RecursionError, AttributeError, OSError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
         missing = [f.name for i in range(len(self)) for f in map(self._file, self.plan.names, [i]*len(self.plan)) if not f.is_file()]
         if missing: raise DatasetError(f"{self.path} is damaged: {len(missing)} of its map files are missing, first {missing[0]}. Record it anew with FMCSRecorder.")
 
@@ -156,7 +161,7 @@ class FMCSDataset:
         i:int, # A snapshot
     ) -> np.ndarray: # (2, N, C, h, w) float16, read from disk as needed
         "The recorded maps of one tap at one snapshot: eval mode, then training mode."
-        try: maps = _load_array(self._file(name, i))
+        try: maps = _load_array(_own(self._file(name, i)))
         except (OSError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
         want = (2, self.n_images, self.plan.channels[name])
         if maps.dtype != np.float16: raise DatasetError(f"{self._file(name, i)} holds {maps.dtype}, not float16. Record the data set anew with FMCSRecorder.")
@@ -247,7 +252,7 @@ class FMCSRecorder(Callback):
 
     def after_fit(self):
         # the task loss of the whole batch; a fit that broke off leaves this rank's, since the others may be elsewhere
-        if self._live is not None and self._live['losses']: self._live['losses'] = list(torch.as_tensor(mean_over_ranks(torch.stack([l.float() for l in self._live['losses']]).cpu(), next(unwrap(self.model).parameters()).device)))
+        if self._live is not None and self._live['losses']: self._live['losses'] = list(torch.as_tensor(mean_over_ranks(torch.stack([l.float() for l in self._live['losses']]).cpu(), next(unwrap(self.model).parameters()).device, skip_nan=False)))
         self._end()
 
     def _end(self):
@@ -256,7 +261,7 @@ class FMCSRecorder(Callback):
         if self._live['losses']: self.finish()
         else:
             live,self._live = self._live,None
-            if is_main(): shutil.rmtree(live['path'], ignore_errors=True)
+            if live['main']: shutil.rmtree(live['path'], ignore_errors=True)
 
     def finish(self) -> FMCSDataset:
         "Take the last snapshot, label all of them and write the tables. Called automatically when the fit ends."
@@ -266,7 +271,7 @@ class FMCSRecorder(Callback):
         if not live['taken'] or live['t'] > live['taken'][-1]: self._snapshot()
         self._live = None
         losses = torch.stack([l.float().cpu() for l in live['losses']]).numpy()
-        if not is_main(): return None
+        if not live['main']: return None
         pd.DataFrame({'step':np.arange(len(losses)), 'loss':losses, 'lr':live['lrs']}).to_csv(live['path']/'steps.csv', index=False)
         snapshots = pd.DataFrame({'step':live['taken'], 'epoch':np.array(live['taken'])/live['card']['steps_per_epoch'], 'fmcs':np.nan})
         snapshots.to_csv(live['path']/'snapshots.csv', index=False)
@@ -294,7 +299,7 @@ class FMCSRecorder(Callback):
         if is_main(): np.save(path/'targets.npy', targets)
         card = dict(format=1, arch=plan.arch, plan=plan.to_dict(), n_images=n, image_indices=idxs.tolist(), modes=MODES, steps_per_epoch=n_batches,
                     batch_size=bs, threshold=self.threshold, n_levels=self.n_levels, seed=self.sample_seed, version=__version__, run={})
-        self._live = dict(views=views, schedule=schedule, next=0, t=0, loss=None, modes=[], taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
+        self._live = dict(main=is_main(), views=views, schedule=schedule, next=0, t=0, loss=None, modes=[], taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
                           tap=FeatureTap(plan, keep_graph=False, reduce=pool_map))
 
     def _to_model(self, x):
@@ -338,7 +343,7 @@ class FMCSRecorder(Callback):
                     for m,t in training: m.training = t
                 for name,parts in self._read_maps(model, batches).items(): maps[name].append(torch.cat(parts))
         try:
-            for name,(ev,tr) in maps.items() if is_main() else (): np.save(live['path']/'maps'/f"{name}.{len(live['taken']):03d}.npy", _to_float16(torch.stack([ev, tr])))
+            for name,(ev,tr) in maps.items() if live['main'] else (): np.save(live['path']/'maps'/f"{name}.{len(live['taken']):03d}.npy", _to_float16(torch.stack([ev, tr])))
         except OSError as e:
             raise OSError(e.errno, f"the maps of step {live['t']} could not be written ({e.strerror or e}); the network is as it was before that step", str(live['path'])) from e
         live['taken'].append(live['t'])

@@ -35,8 +35,8 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 
 from . import __version__
 from .callback import FMCECallback, class_targets
-from .losses import check_alpha
-from .oracle import FittedFMCENet, FMCENet, same_class, tensors_sha256
+from .losses import FMCS_LOSSES, check_alpha
+from .oracle import FittedFMCENet, FMCENet, OracleFileError, same_class, tensors_sha256
 from .taps import FeatureTap, TapError, image_size_kwargs, tap_plan, timm_head
 
 # %% ../nbs/10_study.ipynb #887fb5bd
@@ -80,8 +80,10 @@ class Study:
         for name in self.arms:
             if 'ral' in parts(name) and not self.stage1_epochs: raise StudyError("The arm 'ral' needs an oracle that is fitted to the network's own run: give stage1_epochs > 0, or use 'ral-universal'.")
         if self.primary not in self.arms or self.primary == 'plain': raise StudyError(f"primary is {self.primary!r}; it must be one of the arms beside 'plain': {', '.join(self.arms[1:])}.")
+        if len(set(self.arms)) < len(self.arms): raise StudyError(f"arms is {self.arms}; give each arm once.")
+        if self.fmcs_loss not in FMCS_LOSSES: raise StudyError(f"fmcs_loss is {self.fmcs_loss!r}; known are {' and '.join(map(repr, FMCS_LOSSES))}.")
         if self.head not in ('fastai', 'linear'): raise StudyError(f"head is {self.head!r}; accepted are 'fastai' and 'linear'.")
-        for name,least in (('epochs', 1), ('bs', 2), ('size', 1), ('threads', 1), ('stage1_epochs', 0), ('n_train', 0), ('n_eval', 0)):
+        for name,least in (('epochs', 1), ('bs', 2), ('size', 1), ('threads', 1), ('stage1_epochs', 0), ('n_train', 0), ('n_eval', 0), ('memory', 1)):
             if getattr(self, name) < least: raise StudyError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         for name in ('lrs', 'seeds', 'alphas'):
             values = getattr(self, name)
@@ -515,15 +517,21 @@ def _checked(path, row):
     if wrong: raise StudyError(f"{path} is no result of a run: {wrong[0]} is missing or of another type. Delete it; what it held is done again.")
     return row
 
+def _job_of(row): return Job(*(row[f.name] for f in fields(Job)))
+
 def read_rows(
     folder, # The study's
 ) -> list: # One dict per finished run, in a fixed order
-    "The results so far; of a folder that was kept without its `runs`, those in `runs.csv`."
-    folder = Path(folder)
-    rows = [_checked(p, _read_json(p)) for p in (folder/'runs').glob('*.json')]
-    if not rows and (folder/'runs.csv').exists():
-        kept = pd.read_csv(folder/'runs.csv')
-        rows = kept[[c for c in kept if not c.startswith('study_')]].to_dict('records')
+    "The results so far: of the files in `runs`, and of `runs.csv` for those that the folder was kept without."
+    folder,found = Path(folder),{}
+    if (folder/'runs.csv').exists():
+        try: kept = pd.read_csv(folder/'runs.csv')
+        except (ValueError, OSError, pd.errors.ParserError) as e: raise StudyError(f"{folder/'runs.csv'} cannot be read ({e}). Delete it, if the runs are there; it is written anew.") from e
+        for r in kept[[c for c in kept if not c.startswith('study_')]].to_dict('records'): found[_job_of(_checked(folder/'runs.csv', r)).name] = r
+    for p in (folder/'runs').glob('*.json'):
+        r = _checked(p, _read_json(p))
+        found[_job_of(r).name] = r
+    rows = found.values()
     return sorted(rows, key=lambda r: (r['phase'] != 'tune', r['seed'], r['arm'], r['alpha'], r['lr']))
 
 def _work(fn, jobs, todo, what, bar):
@@ -564,6 +572,7 @@ def run_study(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         study.save(folder)
+    if choices_only and not study.tune_seeds: raise StudyError("A search needs tune_seeds: the seeds that choices are made on.")
     mine = lambda of: [j for j in of if (study.seeds + study.tune_seeds).index(j.seed) % shard[1] == shard[0] and not j.path(folder).exists()]
     for what in ('tune',) if choices_only else ('tune', 'final'):
         todo = mine(tuning_jobs(study, choices_only) if what == 'tune' else final_jobs(study, read_rows(folder)))
@@ -578,17 +587,16 @@ def merge_studies(
     "Take over the finished runs of another folder of the same study. Raises `StudyError` for another study, or where both did a run and disagree."
     folder,other = Path(folder),Path(other)
     if _differ(Study.load(folder), Study.load(other)): raise StudyError(f"{folder} and {other} hold different studies; only parts of one can be merged.")
-    new = 0
-    for p in sorted((other/'runs').glob('*.json')):
-        theirs,here = _read_json(p),folder/'runs'/p.name
-        if here.exists():
-            ours = _read_json(here)
-            if any(ours[k] != theirs[k] for k in ('start', 'batches', 'steps')): raise StudyError(f"{p.name} was done in both folders from other weights or batches. Delete one of them.")
+    new,here = 0,{_job_of(r).name:r for r in read_rows(folder)}
+    for theirs in read_rows(other):
+        name = _job_of(theirs).name
+        if name in here:
+            if any(here[name][k] != theirs[k] for k in ('start', 'batches', 'steps')): raise StudyError(f"{name} was done in both folders from other weights or batches. Delete one of them.")
             continue
-        _write_json(here, theirs)
+        _write_json(folder/'runs'/f'{name}.json', theirs)
         new += 1
     for p in (other/'start').glob('*') if (other/'start').is_dir() else []:
-        if p.is_file() and not (folder/'start'/p.name).exists():
+        if p.is_file() and not p.is_symlink() and not (folder/'start'/p.name).exists():
             (folder/'start').mkdir(exist_ok=True)
             shutil.copy2(p, folder/'start'/p.name)
     return new
@@ -679,7 +687,9 @@ def _seen_note(study):
     "A warning if the universal oracle was trained on images of this data set."
     if not any({'ral-universal', 'ral-memory', 'shuffled'} & set(parts(a)) for a in study.arms): return ''
     source = _SOURCE_OF.get(study.data.lower().replace('-', '_'))
-    return f"The universal oracle used here has seen training images of {study.data}; for evidence give one that has not (oracle=; fmce_pretrain --leave-out {source})." if source in _universal(study).card.get('data', {}).get('sources', []) else ''
+    try: seen = source is not None and source in _universal(study).card.get('data', {}).get('sources', [])
+    except OracleFileError: return ''  # a table is read where the oracle is not
+    return f"The universal oracle used here has seen training images of {study.data}; for evidence give one that has not (oracle=; fmce_pretrain --leave-out {source})." if seen else ''
 
 def verdict(r):
     "The primary contrast in words."
@@ -750,7 +760,7 @@ def write_report(
     study,rows = Study.load(folder),read_rows(folder)
     table = compare(study, rows)
     setting = {f'study_{k}':(' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v) for k,v in asdict(study).items() if k not in ('threads', 'root')}
-    pd.DataFrame([{**r, **setting} for r in rows]).to_csv(folder/'runs.csv', index=False)
+    if rows: pd.DataFrame([{**r, **setting} for r in rows]).to_csv(folder/'runs.csv', index=False)
     table.to_csv(folder/'table.csv', index=False)
     if len(tried := choices(study, rows)): tried.to_csv(folder/'choices.csv', index=False)
     (folder/'table.txt').write_text(table_text(study, table, tried) + '\n', encoding='utf-8')
@@ -761,7 +771,7 @@ def write_report(
         figure.savefig(folder/name, dpi=120)
     if any(r['phase'] == 'final' for r in rows):
         draw('differences.png', (8, 1.1 + .45*(len(table)-1)), lambda ax: plot_differences(study, rows, table, ax))
-        draw('alpha.png', (5.5, 3.6), lambda ax: plot_alpha(study, table, ax))
+        if any(has_alpha(a) and '@' not in a for a in study.arms): draw('alpha.png', (5.5, 3.6), lambda ax: plot_alpha(study, table, ax))
     return table
 
 # %% ../nbs/10_study.ipynb #fb5b7eff

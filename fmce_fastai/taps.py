@@ -50,11 +50,12 @@ def is_main() -> bool:
 def mean_over_ranks(
     values, # Numbers, in the same order on every process
     device='cpu', # Where the processes exchange them: the network's device
+    skip_nan:bool=True, # Does NaN count nowhere, or make the mean NaN?
 ) -> np.ndarray:
-    "Means over the processes of a distributed fit, NaN counting nowhere; with one process the numbers themselves."
+    "Means over the processes of a distributed fit; with one process the numbers themselves."
     values,dist = np.asarray(values, dtype=float),torch.distributed
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return values
-    known = ~np.isnan(values)
+    known = ~np.isnan(values) if skip_nan else np.ones(values.shape, bool)
     sums = torch.tensor(np.stack([np.where(known, values, 0.), known]), dtype=torch.float32, device=device)
     dist.all_reduce(sums)
     total,count = sums.cpu().double().numpy()
