@@ -651,3 +651,25 @@ def test_mixup_keeps_its_loss():
     learn.add_cb(FMCECallback(.5, make_oracle(learn.model)))
     learn.fit(1)
     assert (learn.fmce.history.acted == 4).all()
+
+
+def test_an_oracle_of_a_run_that_did_not_converge_is_warned_of():
+    learn = with_ral(.5)
+    learn.fmce.oracle.card = dict(run=dict(status="not converged"))
+    with pytest.warns(UserWarning, match="never saw a converged map"): learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn.fit(1)  # said once
+        other = with_ral(.5)
+        other.fmce.oracle.card = dict(run=dict(status="converged"))
+        other.fit(1)
+
+
+def test_a_memory_beside_a_fitted_oracle_is_refused_before_the_first_step():
+    learn = tensor_learner()
+    with pytest.raises(ValueError, match="scores each image by itself"): FMCECallback(.5, make_oracle(learn.model), memory=9)
+    silent(learn).add_cb(FMCECallback(.5, memory=9))
+    learn.fmce.oracle = make_oracle(learn.model)
+    before = weights(learn.model)
+    with pytest.raises(OracleError, match="learn.fmce.memory = 0"): learn.fit(1)
+    assert_same(before, weights(learn.model))

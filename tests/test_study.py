@@ -167,7 +167,8 @@ def test_channels_last_is_the_same_training(tmp_path):
 
 @pytest.mark.parametrize("kwargs, words", [(dict(seeds=(0, 100)), "no evidence"), (dict(arms=("plain", "rla")), "Unknown arm 'rla'"), (dict(arms=("plain", "ral"), primary="ral"), "stage1_epochs"), (dict(primary="ral"), "must be one of the arms"),
                                            (dict(epochs=0), "at least 1"), (dict(lrs=()), "one or more"), (dict(lrs=(-1.,)), "positive"), (dict(alphas=(2.,)), "alpha is 2"), (dict(lrs=(1e-3, 1e-2), tune_seeds=()), "no tune_seeds"),
-                                           (dict(arms=("plain", "mixup@0.5"), primary="mixup@0.5"), "mixup has no alpha"), (dict(arms=("plain", "scaled@x"), primary="scaled@x"), "no alpha"), (dict(arms=("plain", "scaled@1.5"), primary="scaled@1.5"), "must lie in"), (dict(head="big"), "'fastai' and 'linear'")])
+                                           (dict(arms=("plain", "mixup@0.5"), primary="mixup@0.5"), "mixup has no alpha"), (dict(arms=("plain", "scaled@x"), primary="scaled@x"), "no alpha"), (dict(arms=("plain", "scaled@1.5"), primary="scaled@1.5"), "must lie in"), (dict(head="big"), "'fastai' and 'linear'"),
+                                           (dict(arms=("plain", "scaled", "scaled"), primary="scaled"), "each arm once"), (dict(memory=0), "at least 1"), (dict(fmcs_loss="mse"), "known are")])
 def test_what_does_not_go_together_is_said(kwargs, words):
     with pytest.raises(ValueError, match=words): Study(**kwargs)
 
@@ -268,6 +269,10 @@ def test_a_folder_kept_without_its_runs_gives_the_same_table(tmp_path):
     shutil.rmtree(tmp_path/"runs")
     assert read_rows(tmp_path) == shown
     write_report(tmp_path)
+    study.save(tmp_path/"new")
+    assert len(write_report(tmp_path/"new")) == 2 and write_report(tmp_path/"new").seeds.tolist() == [0, 0]  # nothing is there yet, also the second time
+    assert merge_studies(tmp_path/"new", tmp_path) == 6 and read_rows(tmp_path/"new") == shown  # from a folder without its runs
+    assert merge_studies(tmp_path, tmp_path/"new") == 0 and read_rows(tmp_path) == shown
     assert (tmp_path/"table.csv").read_text() == before
 
 def test_a_damaged_result_is_named(tmp_path):
