@@ -208,20 +208,24 @@ class FMCECallback(Callback):
         self._tap.plan,self._scorer = plan,self.oracle.on(plan)
 
     def _score(self, maps):
-        scores = self._scorer(maps, self._targets)
-        return scores if not self.memory or self._targets is None else self._in_company(scores, maps)
+        if not self.memory or self._targets is None: return self._scorer(maps, self._targets)
+        counted = {name:m for (name,m),counts in zip(maps.items(), self._counted) if counts}
+        others = {name:m for name,m in maps.items() if name not in counted}
+        scores,order = self._in_company(counted),[*counted, *others]
+        if others: scores = Scores(*(torch.cat(both, 1) for both in zip(scores, self._scorer_of(others)(others, self._targets))))
+        return Scores(*(s[:,[order.index(name) for name in maps]] for s in scores))
 
-    def _in_company(self, scores, maps):
-        "`scores`, anew for the taps that count: with the last `memory` images beside the batch."
-        n,targets,where = len(self._targets),self._targets,self._counted.nonzero()[:,0]
-        maps = {name:pool_map(m) for (name,m),counts in zip(maps.items(), self._counted) if counts}
+    def _scorer_of(self, maps): return self.oracle.on(self._tap.plan.subset(maps))
+
+    def _in_company(self, maps):
+        "The scores of the batch's maps, with the last `memory` images beside them."
+        n,targets = len(self._targets),self._targets
+        maps = {name:pool_map(m) for name,m in maps.items()}
         if self._company is not None and all(m.shape[1:] == self._company[0][name].shape[1:] for name,m in maps.items()):
             maps = {name:torch.cat([m, self._company[0][name].to(m.dtype)]) for name,m in maps.items()}
             targets = _join_targets(targets, self._company[1])
         self._company = {name:m.detach()[:self.memory] for name,m in maps.items()},targets[:self.memory]
-        together = self.oracle.on(self._tap.plan.subset(maps))(maps, targets)
-        where = where.to(scores.fmcs.device)
-        return Scores(*(s.index_copy(1, where, t[:n].to(s.dtype)) for s,t in zip(scores, together)))
+        return Scores(*(s[:n] for s in self._scorer_of(maps)(maps, targets)))
 
     def _effective_alpha(self):
         "alpha of this step: 0 before `when`."

@@ -684,7 +684,7 @@ def fmce_study(
     given = {k:v for k,v in locals().items() if k not in ('out', 'preset', 'jobs', 'shard', 'report', 'merge', 'choices_only')}
     for name in ('freeze_norm', 'channels_last'): given[name] = given[name] or None  # a switch that is not given leaves the preset's
     def run():
-        from fmce_fastai.study import Study, choices, merge_studies, presets, read_rows, run_study, table_text, write_report
+        from fmce_fastai.study import merge_studies, presets, run_study, write_report
         folder,known = Path(out),presets()
         try: i,n = map(int, shard.split('/'))
         except ValueError as e: raise CommandError(f"--shard is {shard!r}; give two numbers such as 2/4.") from e
@@ -701,7 +701,7 @@ def fmce_study(
             if merge:
                 other = Path(merge)/where.relative_to(folder)
                 print(f"{merge_studies(where, other)} runs came from {other}", flush=True)
-            table = write_report(where) if report or merge else run_study(study, where, jobs, (i-1, n), sys.stdout.isatty(), choices_only)
-            study = Study.load(where)
-            print(table_text(study, table, choices(study, read_rows(where))) + f"\n\nEverything is in {where}\n", flush=True)
+            if report or merge: write_report(where)
+            else: run_study(study, where, jobs, (i-1, n), sys.stdout.isatty(), choices_only)
+            print((where/'table.txt').read_text(encoding='utf-8') + f"\nEverything is in {where}\n", flush=True)
     _plain_command('fmce_study', run, ['out', 'preset', 'jobs', 'shard', *given])
