@@ -15,9 +15,9 @@ import timm, torch
 from scipy.stats import mannwhitneyu
 
 from fmce_fastai.oracle import FMCENet
-from fmce_fastai.pretrain import _reestimate, make_task, stage_params
+from fmce_fastai.pretrain import _reestimate, make_task
 from fmce_fastai.study import lite0_weights
-from fmce_fastai.taps import FeatureTap, tap_plan
+from fmce_fastai.taps import FeatureTap, stage_params, tap_plan
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"untrained_stage_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"

