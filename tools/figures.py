@@ -106,6 +106,16 @@ def untrained():
     return table(["labels", "batch norm's statistics", "AUC, the stage intact against drawn anew", "the right stage is the first to fall", "networks"], rows)
 
 
+def untrained_modules():
+    "Stages that fmce_report says look untrained."
+    from fmce_fastai.interpret import HIGH, LEAST_LEARNT
+    found, names = {}, {"fashion_mnist": "EfficientNet-Lite0, ImageNet weights", "digits": "small networks, 5 epochs on digits"}
+    for r in rows_of("untrained_modules"):
+        if r["number"] != "0" and r["learnt"] != "nan": found.setdefault((r["setting"], r["trained"]), []).append(float(r["learnt"]) < LEAST_LEARNT and float(r["fmcs"]) < HIGH)
+    rows = [[names[setting], {"True": "trained", "False": "never trained"}[trained], f"{sum(told)} of {len(told)}"] for (setting, trained), told in sorted(found.items(), reverse=True)]
+    return table(["networks", "stages", "told as untrained"], rows)
+
+
 def groups():
     "Every family, source and task that was left out."
     found, number = {}, lambda v: f"{float(v):.2f}" if v else "-"
@@ -159,7 +169,7 @@ def studied(name):
 STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS / "studies").glob("*/*/table.csv"))]
 
 # Tables on the pages of notebooks: name -> (function, notebook)
-PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain"),
+PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain"), "untrained_modules": (untrained_modules, "07_interpret"), "untrained": (untrained, "07_interpret"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
 TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures, "gains": gains, "universal": universal, "untrained": untrained, "few_images": partial(studied, "few-images/5-a-class")}
