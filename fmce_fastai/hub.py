@@ -148,8 +148,9 @@ def _why(e, revision):
         if isinstance(e, kind): return text
     if status in (401, 403): return f"the Hub refused ({status}). {_TOKEN}"
     if status: return f"the Hub answered {status}: {first}"
-    if isinstance(e, (errors.HTTPError, ConnectionError, TimeoutError)): return f"the Hub was not reached ({type(e).__name__}: {first}). Check the connection"
-    return first if isinstance(e, ValueError) else None
+    if isinstance(e, ValueError): return first
+    # the HTTP client's errors, whichever client it is, carry no errno, those of the disk do
+    return f"the Hub was not reached ({type(e).__name__}: {first}). Check the connection" if isinstance(e, (ConnectionError, TimeoutError)) or getattr(e, 'errno', None) is None else None
 
 @contextmanager
 def _in_words(what, revision=None):
