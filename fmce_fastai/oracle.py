@@ -35,6 +35,20 @@ class Scores(NamedTuple):
     logits:torch.Tensor # (B, M, K)
     valid:torch.Tensor  # (B, M), False where the map could not be scored (NaN or infinity in it)
 
+    def frame(self):
+        "As a `DataFrame`, one row per module in the oracle's order: mean over the images that could be scored, 10th and 90th percentile, how many."
+        import pandas as pd
+        kept = [f[v].detach().float().cpu() for f,v in zip(self.fmcs.T, self.valid.T)]
+        low_high = lambda s: s.quantile(torch.tensor([.1, .9])).tolist() if len(s) else [float('nan')]*2
+        return pd.DataFrame([dict(zip(('fmcs', 'low', 'high', 'images'), (float(s.mean()), *low_high(s), len(s)))) for s in kept])
+
+    def __repr__(self):
+        b,m,k = self.logits.shape
+        means = ', '.join(f'{v:.3f}' for v in self.frame().fmcs)
+        return f"Scores({b} images, {m} modules, {k} levels; mean FMCS per module: {means}; {int(self.valid.sum())} of {b*m} maps could be scored)"
+
+    def _repr_html_(self): return f"<p>FMCS of {len(self.fmcs)} images per module: mean, 10th and 90th percentile, and how many images could be scored</p>{self.frame().round(3).to_html(na_rep='–')}"
+
 # %% ../nbs/02_oracle.ipynb #a0c91948
 class OracleError(ValueError):
     "An oracle does not fit the maps or the network; the message says how."
