@@ -35,7 +35,7 @@ def card_facts(
     "What an oracle is and what it was trained on, in words."
     plan,run,data = card.get('plan') or {},card.get('run') or {},card.get('data')
     facts = dict(kind=card.get('kind'), network=plan.get('arch', 'any'), modules=', '.join(f"{t['name']} ({t['channels']} channels)" for t in plan.get('taps', [])) or 'any', levels=card.get('n_levels'))
-    if isinstance(data, dict): facts |= {f"trained on: {k.replace('_', ' ')}":v for k,v in data.items()}
+    if isinstance(data, dict): facts |= {'never seen' if k == 'never' else f"trained on: {k.replace('_', ' ')}":v for k,v in data.items()}
     elif data: facts['trained on'] = data
     if isinstance(run, dict) and run: facts['run'] = ', '.join(_said(run[k]) + unit for k,unit in (('status', ''), ('steps', ' steps'), ('steps_per_epoch', ' steps an epoch')) if run.get(k) is not None)
     if isinstance(card.get('fit'), dict): facts['fitted with'] = card['fit']
@@ -62,7 +62,7 @@ _LIMITS = dict(fitted=["On another network, or another random start of the same 
                        "A score is relative to the run it was fitted on: 1 means as converged as that run got. All modules of that run share the run's label, so differences between modules on it are no evidence about modules.",
                        "Meant for fine-tuning the network that it was fitted to. From a random start, with a high `alpha`, networks learn to please it and lose accuracy."],
                universal=["A score orders the states of a module within a run better than it measures them.", "Without class labels the scores say little.",
-                          "It reads a whole batch: an image's score depends on the company it is in.", "What it has never seen, as far as its maker wrote it down, is in the table above."])
+                          "It reads a whole batch: an image's score depends on the company it is in.", "What it has never seen is in the table above, as far as its maker wrote it down."])
 
 def _table(rows):
     "Dicts as a Markdown table; columns in the order of the first row."
@@ -74,6 +74,8 @@ def _measured(card):
     rows = card_scores(card)
     if rows: return "On images held out from the fitting. MAE: mean absolute error over images and snapshots; rho: rank correlation of the snapshots' mean score with the label; mode: the network's, when the maps were recorded.\n\n" + _table(rows)
     if card.get('scores'): return f"```json\n{json.dumps(card['scores'], indent=1)}\n```"
+    if card.get('kind') == 'universal': return (f"The card of this oracle holds no measured figures. Those of the universal oracle that ships with fmce_fastai, on networks, images and tasks that it was not trained on, are on [the package's page]({_DOCS}); "
+        "whether this is that oracle, the sum below says: compare it with `FMCENet.universal().card['sha256']`.")
     return "The card of this oracle holds no measured figures: judge it with `judge_oracle` on a recorded run before you rely on it."
 
 def _warned(card):

@@ -58,7 +58,7 @@ def test_fitted_oracle():
 
 def test_universal_oracle():
     text = read(FMCENet.universal()._repr_html_())
-    assert "network any" in text and "modules any" in text and "runs 105" in text and "no measured figures" in text
+    assert "network any" in text and "modules any" in text and "runs 105" in text and "never seen photographs" in text and "no measured figures" in text
 
 def test_scores():
     fmcs = torch.tensor([[.1, .9], [.3, float("nan")], [.5, .8]])
