@@ -4,6 +4,7 @@ from fmce_fastai.convergence import Convergence, ConvergenceError, ConvergenceWa
 from fmce_fastai.data import (DataError, array_dls, cifar10_dls, cifar100_dls, data_sets, digits_dls, fashion_mnist_dls,
                               folder_dls, get_dls, mnist_dls)
 from fmce_fastai.fit_oracle import fit_oracle, judge_oracle, plot_calibration, score_dataset
+from fmce_fastai.hub import HubError
 from fmce_fastai.interpret import fmce_report, fmcs_over_training, plot_fmcs
 from fmce_fastai.losses import fmcs_loss, representation_auxiliary_loss
 from fmce_fastai.oracle import FittedFMCENet, FMCENet, OracleError, OracleFileError, Scores, UniversalFMCENet

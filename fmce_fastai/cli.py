@@ -262,7 +262,7 @@ def _stage2(cfg, out):
     except (DatasetError, EOFError) as e: raise CannotGoOn(f"{_why(e)} {_again(out, 'stage1')}") from e
     oracle.card['data']['name'] = cfg['data']
     oracle.save(out/'oracle.safetensors')
-    _plot(out/'calibration.png', lambda: plot_calibration(oracle, dataset)[0].figure)
+    _plot(out/'calibration.png', lambda: plot_calibration(oracle, dataset, bar=sys.stdout.isatty())[0].figure)
     return dict(scores=oracle.card['scores'], parameters=oracle.n_params)
 
 def _stage3(cfg, out, arm):
@@ -426,7 +426,7 @@ def train(
         results[f'stage3_{arm}'] = _run_stage(f'stage3_{arm}', work, cfg, out)
     try: history = pd.read_csv(out/'history.csv', dtype={'module':str})  # a torchvision tap may be called '0.4'
     except ValueError as e: raise CannotGoOn(f"{out/'history.csv'} is damaged ({e}). {_again(out, 'stage3_ral')}") from e
-    stage1 = fmcs_over_training(FMCENet.load(out/'oracle.safetensors'), FMCSDataset(out/'fmcs_dataset'))
+    stage1 = fmcs_over_training(FMCENet.load(out/'oracle.safetensors'), FMCSDataset(out/'fmcs_dataset'), bar=sys.stdout.isatty())
     _plot(out/'fmcs.png', lambda: plot_fmcs(stage1, history)[0].figure)
     _write_json(out/'results.json', results)
     return results

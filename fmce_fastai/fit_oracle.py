@@ -23,6 +23,7 @@ from fastai.data.load import DataLoader
 from fastai.optimizer import Adam
 from fastai.torch_core import default_device, no_random
 from fastcore.foundation import L
+from fastprogress.fastprogress import progress_bar
 
 from . import __version__
 from .convergence import level_targets
@@ -122,7 +123,7 @@ def fit_oracle(
         learn = Learner(dls, oracle, loss_func=_soft_cross_entropy, opt_func=Adam, cbs=[_MapNoise(noise), *L(cbs)])
         with nullcontext() if bar else learn.no_bar(), nullcontext() if bar else learn.no_logging(): learn.fit_one_cycle(n_epochs, lr, wd=1e-2)
     oracle.freeze().cpu()
-    judged = _judge(oracle, dataset, rows, held)
+    judged = _judge(oracle, dataset, rows, held, bar)
     oracle.card = dict(data=dict(n_images=dataset.n_images, held_out=len(held), snapshots=len(dataset), targets=len(np.unique(dataset.targets))),
                        run=dataset.card['run'], fit=dict(n_epochs=n_epochs, lr=lr, bs=bs, width=width, noise=noise, seed=seed, version=__version__),
                        held_out_images=held.tolist(), scores=judged.to_dict('records'))
@@ -135,18 +136,20 @@ def score_dataset(
     dataset:FMCSDataset, # A recorded run of the same network
     images=None, # Which of the data set's images; default all
     rows=None, # The rows, if they are in memory already
+    bar:bool=True, # Show progress where there is something to wait for
 ) -> np.ndarray: # (S, 2, N, M) FMCS per snapshot, mode, image and module; NaN where not valid
     "What `oracle` says of every recorded map."
     rows = _Rows(dataset) if rows is None else rows
     images = np.arange(dataset.n_images) if images is None else np.asarray(images)
     index,out = rows.index(images),[]
-    for chunk in index.split(1024):
+    chunks = index.split(1024)
+    for chunk in progress_bar(chunks) if bar and len(chunks) > 4 else chunks:
         s = oracle({n:m.to(oracle.levels.device) for n,m in rows.batch(chunk)[0].items()})
         out.append(torch.where(s.valid, s.fmcs, float('nan')).cpu())
     return torch.cat(out).reshape(len(dataset), len(MODES), len(images), -1).numpy()
 
-def _judge(oracle, dataset, rows, images):
-    scores,fmcs = score_dataset(oracle, dataset, images, rows),dataset.fmcs
+def _judge(oracle, dataset, rows, images, bar=True):
+    scores,fmcs = score_dataset(oracle, dataset, images, rows, bar),dataset.fmcs
     first_of = np.unique(fmcs.round(2), return_index=True)[1]
     table = []
     for j,name in enumerate(oracle.plan.names):
@@ -161,11 +164,12 @@ def judge_oracle(
     oracle:FMCENet, # A fitted oracle
     dataset:FMCSDataset, # The run it was fitted on, or another run of the same network
     images=None, # Which images; default: those held out when it was fitted
+    bar:bool=True, # Show progress where there is something to wait for
 ) -> pd.DataFrame: # One row per module and mode: module, mode, mae, rho, snapshots, images
     "MAE and rank correlation of an oracle on a recorded run. On another run than its own, say so beside the figures: they mean transfer."
     images = oracle.card.get('held_out_images') if images is None else images
     if images is None: raise ValueError("This oracle's card names no held-out images; say with `images=` which ones to judge it on.")
-    return _judge(oracle, dataset, _Rows(dataset), np.asarray(images))
+    return _judge(oracle, dataset, _Rows(dataset), np.asarray(images), bar)
 
 # %% ../nbs/04_fit_oracle.ipynb #940f33dc
 def module_colors(
@@ -181,11 +185,12 @@ def plot_calibration(
     dataset:FMCSDataset, # The run it was fitted on
     images=None, # Which images; default: those held out
     axs=None, # Two axes to draw on
+    bar:bool=True, # Show progress where there is something to wait for
 ):
     "Predicted against labelled FMCS on held-out images, per module: mean over images with the spread from the 10th to the 90th percentile; eval mode left, training mode right."
     import matplotlib.pyplot as plt
     images = oracle.card.get('held_out_images') if images is None else images
-    scores,fmcs = score_dataset(oracle, dataset, images),dataset.fmcs
+    scores,fmcs = score_dataset(oracle, dataset, images, bar=bar),dataset.fmcs
     if axs is None: axs = plt.subplots(1, 2, figsize=(9, 4.2), sharex=True, sharey=True, layout='constrained')[1]
     order = np.argsort(fmcs, kind='stable')
     colors = module_colors(len(oracle.plan))

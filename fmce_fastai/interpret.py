@@ -31,9 +31,10 @@ from .taps import FeatureTap, pool_map, stage_params, tap_plan, unwrap
 def fmcs_over_training(
     oracle:FMCENet, # A fitted oracle
     dataset:FMCSDataset, # The run it was fitted on
+    bar:bool=True, # Show progress where there is something to wait for
 ) -> pd.DataFrame: # Rows: step, epoch, module, mode, fmcs (mean over held-out images), label
     "The oracle's mean score per module, snapshot and mode, on the images that were held out when it was fitted."
-    scores = score_dataset(oracle, dataset, oracle.card.get('held_out_images'))
+    scores = score_dataset(oracle, dataset, oracle.card.get('held_out_images'), bar=bar)
     rows = [dict(step=int(step), epoch=float(epoch), module=name, mode=mode, fmcs=float(np.nanmean(scores[i,k,:,j])), label=float(label))
             for i,(step,epoch,label) in enumerate(zip(dataset.snapshots.step, dataset.snapshots.epoch, dataset.fmcs))
             for k,mode in enumerate(MODES) for j,name in enumerate(oracle.plan.names)]

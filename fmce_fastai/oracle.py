@@ -12,8 +12,10 @@ __all__ = ['N_KERNELS', 'V0', 'Scores', 'OracleError', 'OracleFileError', 'FMCEN
 # %% ../nbs/02_oracle.ipynb #190c5700
 import copy
 import hashlib
+import html
 import json
 import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import __version__
+from .hub import WEIGHTS, HubError, card_facts, card_scores, hub_file, local_file, model_card, push_files
 from .taps import TapPlan, pool_map
 
 # %% ../nbs/02_oracle.ipynb #0fc99cc8
@@ -31,6 +34,20 @@ class Scores(NamedTuple):
     fmcs:torch.Tensor   # (B, M), from 0 (untrained) to 1 (converged)
     logits:torch.Tensor # (B, M, K)
     valid:torch.Tensor  # (B, M), False where the map could not be scored (NaN or infinity in it)
+
+    def frame(self):
+        "As a `DataFrame`, one row per module in the oracle's order: mean over the images that could be scored, 10th and 90th percentile, how many."
+        import pandas as pd
+        kept = [f[v].detach().float().cpu() for f,v in zip(self.fmcs.T, self.valid.T)]
+        low_high = lambda s: s.quantile(torch.tensor([.1, .9])).tolist() if len(s) else [float('nan')]*2
+        return pd.DataFrame([dict(zip(('fmcs', 'low', 'high', 'images'), (float(s.mean()), *low_high(s), len(s)))) for s in kept])
+
+    def __repr__(self):
+        b,m,k = self.logits.shape
+        means = ', '.join(f'{v:.3f}' for v in self.frame().fmcs)
+        return f"Scores({b} images, {m} modules, {k} levels; mean FMCS per module: {means}; {int(self.valid.sum())} of {b*m} maps could be scored)"
+
+    def _repr_html_(self): return f"<p>FMCS of {len(self.fmcs)} images per module: mean, 10th and 90th percentile, and how many images could be scored</p>{self.frame().round(3).to_html(na_rep='–')}"
 
 # %% ../nbs/02_oracle.ipynb #a0c91948
 class OracleError(ValueError):
@@ -107,6 +124,14 @@ class FMCENet(nn.Module):
         where = f"{self.plan.arch}, {', '.join(self.plan.names)}" if self.plan is not None else "any network"
         return (f"{type(self).__name__}({where}; {self.n_levels} levels, {self.n_params:,} parameters"
                 f"{', frozen' if self.frozen else ''})")
+
+    def _repr_html_(self):
+        import pandas as pd
+        row = lambda k,v: f'<tr><th style="text-align:left">{html.escape(k)}</th><td style="text-align:left">{html.escape(v)}</td></tr>'
+        facts = {**card_facts({**self.card, **self._spec()}), 'weights':f"{self.n_params:,}{', frozen' if self.frozen else ', not frozen'}"}
+        scores = [{k:r[k] for k in ('module', 'mode', 'mae', 'rho') if k in r} for r in card_scores(self.card)]
+        judged = f"<p>Judged on images held out from its fitting:</p>{pd.DataFrame(scores).round(3).to_html(index=False)}" if scores else '<p>Its card holds no measured figures.</p>'
+        return f"<p><b>{type(self).__name__}</b>, a convergence oracle</p><table>{''.join(row(k, v) for k,v in facts.items())}</table>{judged}"
 
     def _spec(self): return dict(kind=self.kind, plan=self.plan.to_dict() if self.plan is not None else None, n_levels=self.n_levels)
     @classmethod
@@ -472,6 +497,8 @@ def _load(cls,
     if kind is None: raise bad(f"its kind is {card.get('kind')!r}, known are {', '.join(FMCENet._kinds)}")
     if not issubclass(kind, cls): raise bad(f"its kind is {card['kind']!r}, but {cls.__name__} was asked for")
     try:
+        with torch.device('meta'): want = {k:v.shape for k,v in kind._from_spec(card).state_dict().items()}  # no memory before the tensors are known to fit: a card may claim any width
+        if want != {k:v.shape for k,v in tensors.items()}: raise ValueError(f"{len(want)} tensors of other names or shapes are needed, {len(tensors)} are there")
         with torch.random.fork_rng(devices=[]): oracle = kind._from_spec(card)  # loading draws no random number
         oracle.load_state_dict(tensors, strict=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as e: raise bad(f"its card does not fit its tensors ({e})") from e
@@ -488,3 +515,48 @@ def _universal(cls,
     return cls.load(files('fmce_fastai')/'universal.safetensors', device)
 
 FMCENet.universal = classmethod(_universal)
+
+# %% ../nbs/02_oracle.ipynb #0b000002
+def _save_pretrained(self,
+    folder, # Where to write `model.safetensors` and `README.md`
+    repo_id:str|None=None, # 'owner/name', for the card's example
+    license:str|None=None, # Of the weights: the Hub's id, such as 'apache-2.0'; None: the card says that none was chosen
+    readme:bool=True, # Write the card; False leaves one that is there
+) -> Path: # The folder
+    "Write what a repository on the Hub holds: the oracle's file and a card for people. Raises `OSError` if they cannot be written."
+    folder = Path(folder)
+    self.save(folder/WEIGHTS)
+    if readme: (folder/'README.md').write_text(model_card(self.card, repo_id, license), encoding='utf-8')
+    return folder
+
+def _push_to_hub(self,
+    repo_id:str, # 'owner/name', or 'name' for your own account; made if there is none
+    license:str|None=None, # Of the weights: the Hub's id, such as 'apache-2.0'; None: the card says that none was chosen
+    private:bool|None=None, # For a repository that is made; default: what the account says
+    token:str|None=None, # Default: the one that is logged in
+    revision:str|None=None, # A branch that exists; default: the main one
+    message:str='An oracle and its card', # Of the commit
+    readme:bool=True, # Push the card; False leaves the one that is there
+): # huggingface_hub's CommitInfo; its `oid` pins this version
+    "Upload the oracle and its card as one commit. Raises `HubError`, with what to do, if the Hub does not take them; `ImportError` without huggingface_hub."
+    with tempfile.TemporaryDirectory() as tmp: return push_files(_save_pretrained(self, tmp, repo_id, license, readme), repo_id, private, token, revision, message)
+
+def _from_pretrained(cls,
+    where, # 'owner/name' on the Hub, or a folder
+    revision:str|None=None, # A branch, a tag or, to pin it, a commit; for the Hub only
+    device=None, # Where to put it; default CPU
+    filename:str=WEIGHTS, # The oracle's file there
+    token:str|None=None, # Default: the one that is logged in
+    cache_dir=None, # Default: huggingface_hub's
+    local_files_only:bool=False, # Only what is in the cache
+) -> FMCENet: # Frozen
+    """An oracle from the Hub or from a folder, read by `load` either way: safetensors, checked; no pickle, no other file.
+
+    Raises `HubError` if it cannot be had, `OracleFileError` for a file that is no oracle, `ImportError` without huggingface_hub (not for folders)."""
+    if not (path := Path(where)).is_dir():
+        if isinstance(where, Path) or path.is_file(): raise HubError(f"{where} is {'a file: FMCENet.load reads it' if path.is_file() else 'no folder here; a repository on the Hub is named by a string'}.")
+        return cls.load(hub_file(str(where), filename, revision, token, cache_dir, local_files_only), device)
+    if revision is not None: raise HubError(f"{where} is a folder here, and a folder has no revisions; leave revision={revision!r} away, or move the folder if the repository on the Hub is meant.")
+    return cls.load(local_file(path, filename), device)
+
+FMCENet.save_pretrained,FMCENet.push_to_hub,FMCENet.from_pretrained = _save_pretrained,_push_to_hub,classmethod(_from_pretrained)

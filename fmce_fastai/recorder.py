@@ -8,6 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/recorder.html.md"""
 __all__ = ['MODES', 'snapshot_steps', 'undisturbed', 'DatasetError', 'FMCSDataset', 'FMCSRecorder']
 
 # %% ../nbs/03_recorder.ipynb #9c98ea7c
+import html
 import json
 import shutil
 import tempfile
@@ -154,7 +155,7 @@ class FMCSDataset:
         "The label of each snapshot; NaN if the run earned none (see `convergence`)."
         return self.snapshots.fmcs.to_numpy(float)
     @property
-    def nbytes(self): return sum(f.stat().st_size for f in (self.path/'maps').iterdir())
+    def nbytes(self): return sum(f.stat().st_size for f in (self.path/'maps').glob('*'))
 
     def maps(self,
         name:str, # A tap
@@ -186,6 +187,15 @@ class FMCSDataset:
     def _write_tables(self):
         self.snapshots.to_csv(self.path/'snapshots.csv', index=False)
         (self.path/'card.json').write_text(json.dumps(self.card, indent=1), encoding='utf-8')
+
+    def _repr_html_(self):
+        run,fmcs = self.card['run'],self.fmcs
+        at = f" at epoch {run['converged_epoch']:.2f}" if isinstance(run.get('converged_epoch'), float) else ''
+        facts = {'network':self.card['arch'], 'modules':', '.join(f'{t.name} ({t.channels} channels)' for t in self.plan), 'images':f"{self.n_images}, in {' and '.join(MODES)} mode", 'run':f"{run.get('status', 'unknown')}{at}; {len(self.steps)} steps",
+                 'snapshots':f'{len(self)}, steps {self.snapshots.step.iloc[0]} to {self.snapshots.step.iloc[-1]}; ' + (f'FMCS {np.nanmin(fmcs):.2f} to {np.nanmax(fmcs):.2f}' if np.isfinite(fmcs).any() else 'no FMCS labels'),
+                 'on disk':f'{self.nbytes/1e6:.0f} MB in {self.path}'}
+        rows = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{html.escape(str(v))}</td></tr>' for k,v in facts.items())
+        return f"<p><b>FMCSDataset</b>, recorded feature maps with their scores</p><table>{rows}</table><p>{html.escape(str(run.get('message', '')))}</p>"
 
     def __repr__(self):
         return (f"FMCSDataset({self.card['arch']}: {len(self)} snapshots of {self.n_images} images in {len(MODES)} modes at "

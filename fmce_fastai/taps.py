@@ -12,6 +12,7 @@ __all__ = ['LAYOUTS', 'MAX_GRID', 'TapError', 'unwrap', 'is_main', 'mean_over_ra
 # %% ../nbs/01_taps.ipynb #d49ccb8f
 import copy
 import difflib
+import html
 import math
 import re
 import types
@@ -209,10 +210,9 @@ class TapPlan:
                      grid='x'.join(map(str, t.grid)), depth=round(t.depth, 3), inplace=t.inplace) for t in self.taps]
         return pd.DataFrame(rows)
 
-    def _title(self, b=''):
-        return f"Tap plan of {b and '<b>'}{self.arch}{b and '</b>'}, found by {self.source}, probe {'x'.join(map(str, self.probe))}" + (f" ({self.note})" if self.note else '')
+    def _title(self): return f"Tap plan of {self.arch}, found by {self.source}, probe {'x'.join(map(str, self.probe))}" + (f" ({self.note})" if self.note else '')
     def __repr__(self): return f"{self._title()}\n{self.frame().to_string(index=False)}"
-    def _repr_html_(self): return f"<p>{self._title('b')}</p>" + self.frame().to_html(index=False)
+    def _repr_html_(self): return f"<p>{html.escape(self._title())}</p>" + self.frame().to_html(index=False)
 
     def resolve(self,
         model:nn.Module, # The network to tap

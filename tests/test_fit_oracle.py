@@ -143,6 +143,16 @@ def test_nan_maps_are_left_out_of_the_figures(dataset, monkeypatch):
     assert all(torch.isfinite(p).all() for p in spoilt.parameters()) and np.isfinite([r["mae"] for r in spoilt.card["scores"]]).all()
 
 
+def test_a_bar_where_there_is_something_to_wait_for(dataset, monkeypatch):
+    oracle, shown = fit_oracle(dataset, **QUICK), []
+    monkeypatch.setattr(module, "progress_bar", lambda o: shown.append(len(o)) or o)
+    many = np.resize(np.arange(dataset.n_images), 5000//(2*len(dataset)))
+    scores = score_dataset(oracle, dataset, many)
+    assert shown == [5]
+    assert np.array_equal(score_dataset(oracle, dataset, many, bar=False), scores) and shown == [5]
+    judge_oracle(oracle, dataset)
+    assert shown == [5]  # a second's work
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_an_oracle_on_cuda_scores_a_data_set_alike(dataset):

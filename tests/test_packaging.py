@@ -37,3 +37,13 @@ def test_requirements_are_lower_bounds(settings):
     for field in ("requirements", "dev_requirements"):
         for requirement in settings[field].split():
             assert ">=" in requirement and "==" not in requirement, requirement
+
+
+def test_library_code_prints_nothing():
+    "Only the shell commands print."
+    import ast
+    found = {}
+    for path in (ROOT / "fmce_fastai").glob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        found[path.stem] = [ast.unparse(n) for n in calls if ast.unparse(n.func) in ("print", "sys.stdout.write", "sys.stderr.write", "pprint", "display")]
+    assert found.pop("cli") and not {k: v for k, v in found.items() if v}
