@@ -92,8 +92,7 @@ def fmce_report(
         plan = oracle.plan or tap_plan(model, taps, x=batches[0][0][:2].to(device))
         tap,maps = FeatureTap(plan, keep_graph=False),{n:[] for n in plan.names}
         for x,_ in batches:
-            tap.arm(model)
-            model(x.to(device))
+            with tap.on(model): model(x.to(device))
             for name,m in tap.take().items(): maps[name].append(m.cpu())
         maps = {n:torch.cat(m) for n,m in maps.items()}
         targets = class_labels([y for _,y in batches]) if labels else None
