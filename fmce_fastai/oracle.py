@@ -400,6 +400,7 @@ def _free_features(k, u, share):
 # %% ../nbs/02_oracle.ipynb #066de5de
 _FORMAT = 1
 _CARD_KEY = 'fmce_card'
+_MAX_BYTES = 2**30  # no oracle comes near it, and a file is not read to learn that it is none
 
 def tensors_sha256(
     tensors:dict, # Name -> tensor
@@ -448,6 +449,7 @@ def _read_file(path):
     path = Path(path)
     def bad(why): return OracleFileError(f"{path} is not a usable oracle: {why}. Fit one with fit_oracle(dataset) and save it with oracle.save(path).")
     if not path.is_file(): raise bad("it is a folder" if path.is_dir() else "there is no such file")
+    if path.stat().st_size > _MAX_BYTES: raise bad(f"it has {path.stat().st_size/1e9:.1f} GB, and an oracle at most {_MAX_BYTES/1e9:.1f}")
     try:
         with safe_open(str(path), framework='pt') as f:
             meta = f.metadata() or {}
@@ -472,7 +474,9 @@ def _load(cls,
     if kind is None: raise bad(f"its kind is {card.get('kind')!r}, known are {', '.join(FMCENet._kinds)}")
     if not issubclass(kind, cls): raise bad(f"its kind is {card['kind']!r}, but {cls.__name__} was asked for")
     try:
-        with torch.random.fork_rng(devices=[]): oracle = kind._from_spec(card)  # loading draws no random number
+        with torch.random.fork_rng(devices=[]):  # loading draws no random number
+            with torch.device('meta'): kind._from_spec(card).load_state_dict(tensors, strict=True, assign=True)  # a card may promise any size: nothing is allocated before it fits
+            oracle = kind._from_spec(card)
         oracle.load_state_dict(tensors, strict=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as e: raise bad(f"its card does not fit its tensors ({e})") from e
     oracle.card = card

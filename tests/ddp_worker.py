@@ -1,5 +1,6 @@
 "Fits in one of two processes, or in one with both halves of every batch: `test_distributed.py` compares them. Arguments: folder, `two` or `one`."
 import errno
+import faulthandler
 import os
 import sys
 import warnings
@@ -108,4 +109,6 @@ def main(folder, mode):
     if mode == "two":
         for what in ("the folder exists", "the disk is full", "the disk is full at the end"): failing(Path(folder)/what, what)
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(120, exit=True)  # processes that wait for each other say where
+    main(*sys.argv[1:])
