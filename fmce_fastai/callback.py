@@ -112,13 +112,13 @@ class FMCECallback(Callback):
     @learn.setter
     def learn(self, learn):
         # fastai says only in this way that a callback is taken away, also when its fit broke off
-        if learn is None and self._learn is not None: self._leave()
+        if learn is None and self._learn is not None: self.detach()
         self._learn = learn
     _learn = None
 
     # Events --------------------------------------------------------------------------------------------------------
     def before_fit(self):
-        self._leave()  # what an earlier fit left that broke off
+        self.detach()  # what an earlier fit left that broke off
         if not _is_training_fit(self.learn): return
         if self.oracle is not None and self.oracle.card.get('run', {}).get('status') == 'not converged' and not self._warned:
             self._warned = True
@@ -151,7 +151,7 @@ class FMCECallback(Callback):
     def after_cancel_batch(self):
         if self._tap is not None: self._tap.detach()
 
-    def after_train(self): self._close_epoch()
+    def after_train(self): self._close_epoch(whole=True)
 
     def after_cancel_epoch(self): self._close_epoch()  # its `after_train` never came
 
@@ -159,12 +159,21 @@ class FMCECallback(Callback):
         if self._tap is None: return
         self._close_epoch()  # a fit cancelled inside an epoch, for instance by TerminateOnNaNCallback
         silent = {w:n for w,n in self._why.items() if w not in (None, 'watched')}
-        self._leave()
+        self.detach()
         if silent and not self._why[None]:
             warnings.warn(f"RAL acted in no step of this fit: {', '.join(f'{n} steps {w}' for w,n in silent.items())}. See `history`; a frozen body needs "
                           "unfreezing or train_bn=True for its maps to carry gradient.")
 
-    # What the user reads -------------------------------------------------------------------------------------------
+    # What the user calls and reads ---------------------------------------------------------------------------------
+    def detach(self):
+        "Take away what a fit that broke off has left: columns, the arming helper, hooks. The next fit, `validate`, `predict` and `learn.remove_cb` do the same."
+        if self.learn is None: return
+        mine = lambda o, cls: isinstance(o, cls) and (o.owner is self or o.owner is None)
+        if any(mine(m, _Column) for m in self.learn.metrics): self.learn.metrics = [m for m in self.learn.metrics if not mine(m, _Column)]
+        self.learn.remove_cbs([cb for cb in self.learn.cbs if mine(cb, _ArmLast)])
+        if self._tap is not None: self._tap.detach()
+        self._tap,self._epoch,self._scorer,self._targets,self._company = None,[],None,None,None
+
     @property
     def history(self) -> pd.DataFrame:
         """One row per fit, epoch and module, over training steps: `fmcs` and `fmcs_loss` (means), `gradient_ratio` (norm of the FMCS loss's direct gradient at the map over that of
@@ -266,11 +275,11 @@ class FMCECallback(Callback):
 
     def _none_arrived(self):
         missing = ', '.join(self._tap.plan.names)
-        raise TapError(f"No feature map arrived from {missing} in a training step. A model compiled with torch.compile before the fit never fires hooks: "
-                       "fit first with the callback, or compile only parts of it.")
+        raise TapError(f"No feature map arrived from {missing} in a training step. A network that torch.compile compiled in an earlier call (validate, get_preds, a fit) fires no hooks: "
+                       "call torch._dynamo.reset() before this fit, or compile only modules inside the taps.")
 
-    def _close_epoch(self):
-        "Means of the epoch that ended, as rows of `history`."
+    def _close_epoch(self, whole=False):
+        "Means of the epoch that ended, as rows of `history`: over all processes, but of one that was cut short this process's own, since the others may be elsewhere."
         if not self._epoch: return
         names,steps = self._tap.plan.names,self._epoch
         fmcs,loss = (torch.stack([s[k] for s in steps]).float().cpu().numpy() for k in ('fmcs', 'loss'))
@@ -281,7 +290,7 @@ class FMCECallback(Callback):
             means += [_nanmean(fmcs[:,j]), _nanmean(loss[:,j]), direct/rest if rest > 0 else np.inf if direct > 0 else np.nan]
         bins = np.linspace(0, len(steps), CURVE_BINS+1).round().astype(int)
         means += [_nanmean(fmcs[a:b,j]) for a,b in zip(bins, bins[1:]) for j in range(len(names))]
-        means = mean_over_ranks(means, next(self.model.parameters()).device).tolist()
+        if whole: means = mean_over_ranks(means, next(self.model.parameters()).device).tolist()
         n_batches,curve = len(self.dls.train),np.reshape(means[3+3*len(names):], (CURVE_BINS, len(names)))
         self._curve += [(self._fit, int(self.epoch) + (a+b)/2/n_batches, name, v) for a,b,row in zip(bins, bins[1:], curve) if b > a for name,v in zip(names, row)]
         self._losses.setdefault(self._fit, []).append((np.array([torch.stack([s['task'] for s in steps]).float().cpu().numpy(), [s['lr'] for s in steps]], np.float32), n_batches))
@@ -291,17 +300,16 @@ class FMCECallback(Callback):
 
     def _shown(self, i): return self._last[i]
 
-    def _leave(self):
-        "Take away columns, the arming helper, hooks and whatever the last step held."
-        mine = lambda o, cls: isinstance(o, cls) and (o.owner is self or o.owner is None)
-        if any(mine(m, _Column) for m in self.learn.metrics): self.learn.metrics = [m for m in self.learn.metrics if not mine(m, _Column)]
-        self.learn.remove_cbs([cb for cb in self.learn.cbs if mine(cb, _ArmLast)])
-        if self._tap is not None: self._tap.detach()
-        self._tap,self._epoch,self._scorer,self._targets,self._company = None,[],None,None,None
-
     def __getstate__(self):
         "For `learn.export()`: neither the oracle's weights nor maps, hooks or columns travel along."
-        return {**self.__dict__, 'oracle':None, '_scorer':None, '_targets':None, '_company':None, '_tap':None, '_epoch':[]}
+        left = self._tap if self._tap is not None and self._tap._handles else None
+        if left is not None: left._remove()  # hooks of a forward that Ctrl-C ended: a network that is pickled after this is without them
+        return {**self.__dict__, 'oracle':None, '_scorer':None, '_targets':None, '_company':None, '_tap':left, '_epoch':[]}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self._tap is not None: self._tap.detach()  # one that was pickled before it has them: its copy is whole by now
+        self._tap = None
 
 # %% ../nbs/06_callback.ipynb #aceea1d4
 _REASONS = ('watched', 'no_gradient', 'not_valid', 'not_finite')

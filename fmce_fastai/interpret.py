@@ -253,8 +253,7 @@ def _scores(model, plan, xs, oracle, targets, device):
     "(N, M) scores of the network as it stands, NaN where there is none."
     tap,maps = FeatureTap(plan, keep_graph=False, reduce=pool_map),{n:[] for n in plan.names}
     for x in xs:
-        tap.arm(model)
-        model(x.to(device))
+        with tap.on(model): model(x.to(device))
         for name,m in tap.take().items(): maps[name].append(m.cpu())
     s = oracle({n:torch.cat(m) for n,m in maps.items()}, targets)
     return torch.where(s.valid, s.fmcs, float('nan')).numpy()

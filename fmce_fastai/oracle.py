@@ -425,6 +425,7 @@ def _free_features(k, u, share):
 # %% ../nbs/02_oracle.ipynb #066de5de
 _FORMAT = 1
 _CARD_KEY = 'fmce_card'
+_MAX_BYTES = 2**30  # no oracle comes near it, and a file is not read to learn that it is none
 
 def tensors_sha256(
     tensors:dict, # Name -> tensor
@@ -473,6 +474,7 @@ def _read_file(path):
     path = Path(path)
     def bad(why): return OracleFileError(f"{path} is not a usable oracle: {why}. Fit one with fit_oracle(dataset) and save it with oracle.save(path).")
     if not path.is_file(): raise bad("it is a folder" if path.is_dir() else "there is no such file")
+    if path.stat().st_size > _MAX_BYTES: raise bad(f"it has {path.stat().st_size/1e9:.1f} GB, and an oracle at most {_MAX_BYTES/1e9:.1f}")
     try:
         with safe_open(str(path), framework='pt') as f:
             meta = f.metadata() or {}

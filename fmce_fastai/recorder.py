@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from fastai.torch_core import no_random
 
 from . import __version__
 from .convergence import convergence
-from .taps import FeatureTap, TapError, TapPlan, is_main, mean_over_ranks, pool_map, pooled_grid, tap_plan, unwrap
+from .taps import FeatureTap, TapError, TapPlan, is_main, mean_over_ranks, pool_map, pooled_grid, tap_plan, together, unwrap
 
 # %% ../nbs/03_recorder.ipynb #368ef564
 def snapshot_steps(
@@ -242,13 +242,16 @@ class FMCSRecorder(Callback):
 
     def before_train(self):
         # `validate`, `get_preds` and kin never come here; `lr_find` does, and its steps are no run
-        if self._live is None and not hasattr(self.learn, 'lr_finder'): self._start()
+        if self._live is None and not hasattr(self.learn, 'lr_finder'):
+            with together(): self._start()
+        if self._live is not None: self._live['open'] = True
 
     def before_batch(self):
         live = self._live
         if live is None: return
         live['loss'],live['modes'] = None,[m.training for m in unwrap(self.model).modules()]
-        if live['next'] < len(live['schedule']) and live['t'] >= live['schedule'][live['next']]: self._snapshot()
+        if live['next'] < len(live['schedule']) and live['t'] >= live['schedule'][live['next']]:
+            with together(): self._snapshot()
 
     def after_loss(self):
         if self._live is not None: self._live['loss'] = self.loss.detach()
@@ -260,10 +263,17 @@ class FMCSRecorder(Callback):
         self._live['lrs'].append(self.opt.hypers[-1]['lr'])
         self._live['t'] += 1
 
+    def after_train(self):
+        "From here on the epoch's losses are those of the whole batch, not of this process's part."
+        live = self._live
+        if live is None: return
+        new,live['open'] = live['losses'][live['agreed']:],False
+        if new: live['losses'][live['agreed']:] = list(torch.as_tensor(mean_over_ranks(torch.stack([l.float() for l in new]).cpu(), next(unwrap(self.model).parameters()).device, skip_nan=False)))
+        live['agreed'] = len(live['losses'])
+
     def after_fit(self):
-        # the task loss of the whole batch; a fit that broke off leaves this rank's, since the others may be elsewhere
-        if self._live is not None and self._live['losses']: self._live['losses'] = list(torch.as_tensor(mean_over_ranks(torch.stack([l.float() for l in self._live['losses']]).cpu(), next(unwrap(self.model).parameters()).device, skip_nan=False)))
-        self._end()
+        # cancelled inside an epoch, perhaps in this process alone: the others are elsewhere, and the epoch's losses stay this process's
+        with nullcontext() if self._live is None or self._live['open'] else together(): self._end()
 
     def _end(self):
         "Finish what was recorded; a fit that broke off before its first step leaves nothing."
@@ -309,7 +319,7 @@ class FMCSRecorder(Callback):
         if is_main(): np.save(path/'targets.npy', targets)
         card = dict(format=1, arch=plan.arch, plan=plan.to_dict(), n_images=n, image_indices=idxs.tolist(), modes=MODES, steps_per_epoch=n_batches,
                     batch_size=bs, threshold=self.threshold, n_levels=self.n_levels, seed=self.sample_seed, version=__version__, run={})
-        self._live = dict(main=is_main(), views=views, schedule=schedule, next=0, t=0, loss=None, modes=[], taken=[], losses=[], lrs=[], path=path, temporary=temporary, card=card,
+        self._live = dict(main=is_main(), views=views, schedule=schedule, next=0, t=0, loss=None, modes=[], taken=[], losses=[], agreed=0, open=False, lrs=[], path=path, temporary=temporary, card=card,
                           tap=FeatureTap(plan, keep_graph=False, reduce=pool_map))
 
     def _to_model(self, x):
@@ -362,8 +372,7 @@ class FMCSRecorder(Callback):
     def _read_maps(self, model, batches):
         read = {n:[] for n in self._live['tap'].plan.names}
         for x,_ in batches:
-            tap = self._live['tap'].arm(model)
-            model(self._to_model(x))
+            with self._live['tap'].on(model) as tap: model(self._to_model(x))
             maps = tap.take()
             if silent := [n for n in read if n not in maps]: raise TapError(f"No map arrived from {', '.join(silent)} {'in training mode' if model.training else 'in eval mode'}: the network does not always call it. Tap a module that it calls in both.")
             for n,m in maps.items(): read[n].append(m.cpu())

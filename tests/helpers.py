@@ -31,6 +31,9 @@ def seed_all(seed=0):
 def make_model(arch=None, seed=0, **kwargs):
     seed_all(seed)
     if arch is None: return TinyNet(**kwargs)
+    if arch == "vit":
+        from timm.models.vision_transformer import VisionTransformer
+        return VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=10, **kwargs)
     import timm
     return timm.create_model(arch, num_classes=10, **kwargs)
 

@@ -1,5 +1,7 @@
 "Every setting of fastai that the callbacks are proven in: what is set up, and what is to come of it. `test_settings.py` runs them; the table in the documentation is made from them."
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -14,7 +16,7 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 from torch import nn
 
 from fmce_fastai.callback import FMCECallback
-from helpers import tensor_dls
+from helpers import assert_same, tensor_dls, weights
 
 
 # Callbacks that people write themselves ----------------------------------------------------------------------------
@@ -37,6 +39,16 @@ class Average(Callback):
         self.kept = own
     def before_validate(self): self._swap()
     def after_validate(self): self._swap()
+
+class Diary(Callback):
+    "What happened, for the checks below: weights before the fit, after every step and at every validation, norms of the gradient that the optimizer gets, types of the outputs."
+    order, run_valid = 950, False
+    def __init__(self): self.first, self.steps, self.valid, self.norms, self.dtypes = None, [], [], [], set()
+    def before_fit(self): self.first = self.first or weights(self.model)
+    def after_pred(self): self.dtypes.add(self.pred.dtype)
+    def before_step(self): self.norms.append(float(torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()))
+    def after_batch(self): self.steps.append(weights(self.model))
+    def before_validate(self): self.valid.append(weights(self.model))
 
 class Targets(Callback):
     "Other targets than class labels, made of them."
@@ -72,72 +84,142 @@ def checkpointed(learn):
     learn.model.set_grad_checkpointing(True)
     learn.fit(1, 1e-2)
 
+# Effects that the setting is to have, beside RAL: each gets the learner after the fit -----------------------------------
+COLUMNS = ["fmcs_loss", "fmcs", "fmcs_last"]
+
+def shown(learn):
+    "The table of the fit, which shows the three columns after the task's loss."
+    names = list(learn.recorder.metric_names)
+    assert names == ["epoch", "train_loss", "valid_loss", *COLUMNS, "time"]
+    return pd.DataFrame([list(v) for v in learn.recorder.values], columns=names[1:-1])
+
+def in_bfloat16(learn): assert learn.diary.dtypes == {torch.bfloat16}
+def channels_last(learn): assert all(p.is_contiguous(memory_format=torch.channels_last) for p in learn.model.parameters() if p.ndim == 4)
+def two_batches_a_step(learn): assert len(learn.diary.norms) == 4 and len(learn.diary.steps) == 8
+def clipped(learn): assert max(learn.diary.norms) <= .1001 and min(learn.diary.norms) > .0999
+def stopped(learn):
+    "After the second epoch, by the task loss."
+    seen = shown(learn)
+    assert len(seen) == 2 and learn.early_stopping.best == seen.valid_loss[0]
+    with learn.removed_cbs(learn.early_stopping): assert learn.validate()[0] == seen.valid_loss[1]
+def reduced(learn): assert np.allclose(learn.recorder.lrs, [1e-2]*8 + [1e-3]*4) and learn.reduce_lr_on_plateau.best == shown(learn).valid_loss[0]
+def kept_best(learn):
+    best = learn.diary.valid[int(shown(learn).valid_loss.argmin())]
+    assert_same(best, torch.load(learn.path/"models"/"model.pth", weights_only=False)["model"])
+    assert_same(best, weights(learn.model))
+def logged(learn):
+    log = pd.read_csv(learn.path/"log.csv")
+    assert list(log.columns) == ["epoch", "train_loss", "valid_loss", *COLUMNS, "time"] and np.allclose(log[shown(learn).columns], shown(learn), rtol=1e-5)
+def drawn(learn): assert learn.progress.mbar.drawn == [8, 2]
+def on_the_board(learn):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(learn.path))
+    events.Reload()
+    for name in ["valid_loss", *COLUMNS]: assert np.allclose([e.value for e in events.Scalars(name)], shown(learn)[name], rtol=1e-5)
+def reset(learn): assert len(learn.model.resets) >= 2*2+1  # before training, before validation, after the fit
+def averaged(learn):
+    "By the weights after each step: the average was validated, and the fit went on with the weights themselves."
+    kept, at = {k: v.clone() for k, v in learn.diary.first.items()}, iter(learn.diary.valid)
+    for i, step in enumerate(learn.diary.steps, 1):
+        kept = {k: .9*v + .1*step[k] if v.is_floating_point() else v for k, v in kept.items()}
+        if i % 4 == 0:
+            for k, v in next(at).items(): torch.testing.assert_close(v, kept[k])
+    assert_same(weights(learn.model), learn.diary.steps[-1])
+def second_epoch(learn): assert learn.fmce.history.epoch.unique().tolist() == [1] and len(learn.diary.steps) == 4
+def two_fits(learn): assert learn.fmce.history.fit.unique().tolist() == [1, 2] and len(learn.diary.steps) == 8
+def five_steps(learn): assert (learn.fmce.history.steps == 5).all()
+
 class Setting:
-    "`cbs`: callbacks; `before`: what is done to the learner; `fit`: how it is trained; `nets`, `oracles`: where it applies; `result`: 'acts', 'watches', or the words of a refusal."
-    def __init__(self, cbs=None, before=None, fit=fit, result="acts", nets=("cnn", "vit"), oracles=("fitted", "universal"), learner=None, note="", loss=None):
+    "`cbs`: callbacks; `before`: what is done to the learner; `fit`: how it is trained; `nets`, `oracles`: where it applies; `ral`: more for `FMCECallback`; `result`: 'acts', 'watches', or the reason why steps stay plain; `check`: what the setting itself is to do."
+    def __init__(self, cbs=None, before=None, fit=fit, result="acts", nets=("cnn", "vit"), oracles=("fitted", "universal"), learner=None, note="", loss=None, ral=None, check=None):
         self.cbs, self.before, self.fit, self.result, self.nets, self.oracles, self.learner, self.note, self.loss = cbs or (lambda path: []), before or (lambda learn: None), fit, result, nets, oracles, learner or {}, note, loss
+        self.ral, self.check = ral or {}, check or (lambda learn: None)
+
+def resettable(learn): learn.model.resets = []; learn.model.reset = lambda: learn.model.resets.append(1)
+
+# (targets, loss, what else): tasks without one class label an image
+TASKS = {
+    "several labels an image": (multi_label, nn.BCEWithLogitsLoss(), {}),
+    "regression": (number, lambda o, y: ((o.mean(1, keepdim=True) - y)**2).mean(), {}),
+    "segmentation": (pixels, nn.CrossEntropyLoss(), dict(before=lambda l: setattr(l, "model", Segmenter(l.model)), nets=("cnn",))),
+    "several targets": (two, lambda o, a, b: F.cross_entropy(o, a) + o.mean()*b.mean(), {}),
+}
+def task(make, loss, more, **kwargs): return Setting(lambda p: [Targets(make)], loss=loss, **more, **kwargs)
 
 SETTINGS = {
     # Precision and speed
-    "`to_fp16()`, `to_bf16()` (CPU twin: autocast to bfloat16)": Setting(lambda p: [Autocast()], note="the oracle itself runs in float32"),
-    "`ChannelsLast`": Setting(lambda p: [ChannelsLast()]),
-    "`GradientAccumulation`": Setting(lambda p: [GradientAccumulation(32)], note="RAL is divided like the task loss"),
-    "`GradientClip`": Setting(lambda p: [GradientClip(.1)]),
-    "`torch.compile`d model": Setting(fit=compiled, nets=("cnn",), note="modules inside are found; if hooks never fire, a message says so"),
+    "`to_fp16()`, `to_bf16()` (CPU twin: autocast to bfloat16)": Setting(lambda p: [Autocast()], note="the oracle itself runs in float32", check=in_bfloat16),
+    "`ChannelsLast`": Setting(lambda p: [ChannelsLast()], check=channels_last),
+    "`GradientAccumulation`": Setting(lambda p: [GradientAccumulation(32)], note="RAL is divided like the task loss", check=two_batches_a_step),
+    "`GradientClip`": Setting(lambda p: [GradientClip(.1)], note="the gradient of RAL is clipped", check=clipped),
+    "`torch.compile`d model": Setting(fit=compiled, nets=("cnn",), note="modules inside are found"),
     "activation checkpointing (timm)": Setting(fit=checkpointed, nets=("vit",)),
     # Other tasks
-    "several labels an image": Setting(lambda p: [Targets(multi_label)], loss=nn.BCEWithLogitsLoss(), result={"fitted": "acts", "universal": "watches"}, note="no class labels: the universal oracle watches unless `when` says otherwise"),
-    "regression": Setting(lambda p: [Targets(number)], loss=lambda o, y: ((o.mean(1, keepdim=True) - y)**2).mean(), result={"fitted": "acts", "universal": "watches"}, note="as above"),
-    "segmentation": Setting(lambda p: [Targets(pixels)], before=lambda l: setattr(l, "model", Segmenter(l.model)), loss=nn.CrossEntropyLoss(), nets=("cnn",), oracles=("universal",), result="watches", note="as above"),
-    "several targets": Setting(lambda p: [Targets(two)], loss=lambda o, a, b: F.cross_entropy(o, a) + o.mean()*b.mean(), result={"fitted": "acts", "universal": "watches"}, note="as above"),
+    **{name: task(*t, result={"fitted": "acts", "universal": "watches"}, note="no class labels: the universal oracle watches unless `when` says otherwise") for name, t in TASKS.items()},
+    **{f"{name}, `when=0.`": task(*t, oracles=("universal",), ral=dict(when=0.), note="by scores without labels") for name, t in TASKS.items()},
     # Other callbacks
     "`MixUp`": Setting(lambda p: [MixUp()], note="the universal oracle gets shares of class"),
     "`CutMix`": Setting(lambda p: [CutMix()], note="as above"),
     "label smoothing": Setting(loss=LabelSmoothingCrossEntropyFlat()),
-    "`SaveModelCallback`": Setting(lambda p: [SaveModelCallback(with_opt=True)]),
-    "`EarlyStoppingCallback`": Setting(lambda p: [EarlyStoppingCallback(patience=1, min_delta=10.)], fit=lambda l: l.fit(4, 1e-2), note="its loss stays the task loss"),
-    "`ReduceLROnPlateau`": Setting(lambda p: [ReduceLROnPlateau(patience=1, min_delta=10.)], fit=lambda l: l.fit(3, 1e-2)),
-    "`CSVLogger`": Setting(lambda p: [CSVLogger("log.csv")]),
-    "`ShowGraphCallback`": Setting(lambda p: [ShowGraphCallback()]),
-    "`TensorBoardCallback`": Setting(lambda p: [TensorBoardCallback(log_dir=p, trace_model=False, log_preds=False)]),
-    "`ModelResetter`": Setting(lambda p: [ModelResetter()], before=lambda l: setattr(l.model, "reset", lambda: None)),
-    "averaged weights": Setting(lambda p: [Average()]),
+    "`SaveModelCallback`": Setting(lambda p: [SaveModelCallback(with_opt=True)], note="the best epoch's weights, by the task loss", check=kept_best),
+    "`EarlyStoppingCallback`": Setting(lambda p: [EarlyStoppingCallback(patience=1, min_delta=10.)], fit=lambda l: l.fit(4, 1e-2), note="at the same epoch as without the callback: its loss stays the task loss", check=stopped),
+    "`ReduceLROnPlateau`": Setting(lambda p: [ReduceLROnPlateau(patience=1, min_delta=10.)], fit=lambda l: l.fit(3, 1e-2), note="by the task loss", check=reduced),
+    "`CSVLogger`": Setting(lambda p: [CSVLogger("log.csv")], note="with the three columns", check=logged),
+    "`ShowGraphCallback`": Setting(lambda p: [ShowGraphCallback()], check=drawn),
+    "`TensorBoardCallback`": Setting(lambda p: [TensorBoardCallback(log_dir=p, trace_model=False, log_preds=False)], note="with the three columns", check=on_the_board),
+    "`ModelResetter`": Setting(lambda p: [ModelResetter()], before=resettable, check=reset),
+    "averaged weights": Setting(lambda p: [Average()], note="they are validated and left as they are; RAL reads the network that trains", check=averaged),
     # Ways of training
-    "`fine_tune`": Setting(fit=fine_tune),
-    "`fit(start_epoch=)`": Setting(fit=lambda l: l.fit(2, 1e-2, start_epoch=1)),
-    "images of another size in the next fit": Setting(fit=sizes, nets=("cnn",)),
-    "a short last batch": Setting(learner=dict(n=72), oracles=("fitted",)),
+    "`fine_tune`": Setting(fit=fine_tune, check=two_fits),
+    "`fit(start_epoch=)`": Setting(fit=lambda l: l.fit(2, 1e-2, start_epoch=1), check=second_epoch),
+    "images of another size in the next fit": Setting(fit=sizes, nets=("cnn",), check=two_fits),
+    "a short last batch": Setting(learner=dict(n=72), check=five_steps),
     "a last batch of fewer than 8 images": Setting(learner=dict(n=68), oracles=("universal",), result="partly", note="the universal oracle scores batches of 8 or more; that step is plain, and counted as `not_valid`"),
     "batch size 1": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("fitted",)),
     "batch size 1, universal oracle": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("universal",), result="not_valid", note="as above"),
 }
 
-# What is no way of training: (what, what holds, the test that proves it)
+# What is no way of training: (what, what holds, networks and oracles, the test that proves it)
+ALL = "CNN, ViT; fitted, universal"
 OTHERS = [
-    ("`alpha=0`", "weights, losses and random state are those of a learner without the callback, bit for bit", "test_callback.py::test_alpha_0_changes_no_bit"),
-    ("`validate`, `get_preds`, `tta`, `predict`, `show_results`, `lr_find`", "the same outputs and random state, bit for bit; `validate()` returns as many values as before", "test_callback.py::test_validation_prediction_and_lr_find_are_untouched"),
-    ("`ClassificationInterpretation`", "the same top losses and confusion matrix", "test_settings.py::test_interpretation_is_untouched"),
-    ("a frozen body", "steps stay plain, and a warning says so", "test_callback.py::test_a_frozen_body_is_told"),
-    ("Ctrl-C, exceptions, `Cancel...Exception` in any event", "no hook is left; columns and helper go with the next fit at the latest, which is right", "test_callback.py::test_nothing_is_left_however_a_fit_ends"),
-    ("Ctrl-C or an exception inside `model.forward`", "at most one set of hooks, which acts no more and goes with the next fit or `detach()`", "test_callback.py::test_an_error_inside_the_networks_forward"),
-    ("`learn.export`, `load_learner`", "without oracle, hooks or maps; predicts", "test_callback.py::test_export_holds_no_oracle_and_no_hook"),
-    ("two processes (`accelerate launch`, `distrib_ctx`)", "the weights of one process with the whole batch (fitted oracle), of the mean of its two halves (universal)", "test_distributed.py::test_both_processes_end_with_the_weights_of_one"),
-    ("two processes: `history`", "scores are means over the processes; steps are a process's own", "test_distributed.py::test_logged_scores_are_means_over_the_processes"),
-    ("two processes: `FMCSRecorder`", "one data set, written by the first; its losses are those of the whole batch", "test_distributed.py::test_one_data_set_is_recorded_by_both"),
-    ("`SyncBatchNorm`", "by structure: taps are found after the conversion; its numbers need GPUs and are unproven", "test_distributed.py::test_sync_batch_norm_keeps_the_taps"),
-    ("`to_fp16()` with loss scaling on a GPU", "needs a GPU; unproven here", "test_settings.py::test_cuda_mixed_precision"),
-    ("maps that are NaN", "such images are not scored; a step without any stays plain", "test_callback.py::test_nan_maps_are_not_scored"),
-    ("a loss that is not finite", "stays as it is", "test_callback.py::test_a_loss_that_is_not_finite_stays_as_it_is"),
-    ("a module that gives no map", "refused by name", "test_taps.py::test_a_module_that_gives_no_map"),
-    ("oracle files with flipped bits", "`OracleFileError`", "test_oracle.py::test_flipped_bits"),
-    ("oracle files that are cut", "`OracleFileError`", "test_oracle.py::test_cut_files"),
-    ("pickles in place of an oracle", "`OracleFileError`, nothing is executed", "test_oracle.py::test_no_unpickling"),
-    ("data sets that are damaged: pickles, zip bombs, headers that promise terabytes, links, names that lead out of the folder", "`DatasetError`, nothing is executed", "test_recorder.py::test_damaged_folders_are_named"),
-    ("study folders that are damaged", "`StudyError`", "test_study.py::test_a_damaged_result_is_named"),
-    ("all three, broken at random", "their own errors", "test_soak.py::test_broken_files_are_refused"),
-    ("many steps with callback and recorder", "memory stays flat (`make soak` does 2,000 and prints the figures)", "test_memory.py::test_memory_is_flat"),
-    ("maps and graphs of earlier steps", "are gone", "test_memory.py::test_no_map_of_an_earlier_step_is_alive"),
-    ("a deleted learner", "goes with network and callbacks", "test_memory.py::test_learner_callback_and_network_are_collected"),
+    ("`alpha=0`", "weights, losses and random state are those of a learner without the callback, bit for bit", ALL, "test_callback.py::test_alpha_0_changes_no_bit"),
+    ("`validate`, `get_preds`, `tta`, `predict`, `show_results`, `lr_find`", "the same outputs and random state, bit for bit; `validate()` returns as many values as before", ALL, "test_callback.py::test_validation_prediction_and_lr_find_are_untouched"),
+    ("`ClassificationInterpretation`", "the same top losses and confusion matrix", "CNN, ViT; universal, recorder", "test_settings.py::test_interpretation_is_untouched"),
+    ("`fine_tune` of a `vision_learner`, body frozen then not", "works in both fits: norm layers train on in the frozen body, so its maps carry gradient", ALL, "test_settings.py::test_fine_tuning_freezes_the_body_and_trains_it_then"),
+    ("a frozen body without trainable norm layers (`train_bn=False`)", "steps stay plain, and a warning says so", "CNN; fitted", "test_callback.py::test_a_frozen_body_is_told"),
+    ("a network that `torch.compile` compiled in an earlier call", "refused: `TapError`, \"No feature map arrived ... call torch._dynamo.reset()\"", "CNN; fitted, universal", "test_settings.py::test_a_network_that_was_compiled_before_is_told_and_helped"),
+    ("Ctrl-C, exceptions, `Cancel...Exception` in any event", "no hook is left, random state and modes are as without the callback; columns and helper go with the next fit, `validate` or `detach()`, and the next fit is right", ALL, "test_callback.py::test_nothing_is_left_however_a_fit_ends"),
+    ("an exception inside `model.forward`", "no hook is left", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
+    ("Ctrl-C inside `model.forward`", "at most one set of hooks, which holds no tensor, acts no more and goes with the next fit, `validate`, `detach()` or `learn.export`; no exported file has it", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
+    ("`learn.save`, `learn.load`", "know nothing of the callback; training goes on", ALL, "test_callback.py::test_save_and_load"),
+    ("`learn.export`, `load_learner`", "without oracle, hooks or maps, under 100 kB more; predicts", "CNN; fitted, universal", "test_callback.py::test_export_holds_no_oracle_and_no_hook"),
+    ("two processes (`accelerate launch`, `distrib_ctx`)", "the weights of one process with the whole batch (fitted oracle), of the mean of its two halves (universal, also with `memory`)", "CNN; fitted, universal", "test_distributed.py::test_both_processes_end_with_the_weights_of_one"),
+    ("two processes: `history` and the table of the fit", "scores are means over the processes; steps are a process's own", "CNN; fitted, universal", "test_distributed.py::test_logged_scores_are_means_over_the_processes"),
+    ("two processes: `FMCSRecorder`", "one data set, written by the first; its losses are those of the whole batch", "CNN; recorder", "test_distributed.py::test_one_data_set_is_recorded_by_both"),
+    ("two processes: the recorder's folder exists, or its disk is full", "the first raises its error, the other `RankError` with the same words; none waits", "CNN; recorder", "test_distributed.py::test_what_goes_wrong_in_one_process_reaches_the_other_in_words"),
+    ("`SyncBatchNorm`", "by structure: taps are found after the conversion; its numbers **need a GPU and are untested**", "CNN", "test_distributed.py::test_sync_batch_norm_keeps_the_taps"),
+    ("`to_fp16()` with loss scaling on a GPU", "**needs a GPU and is untested**; its CPU twin is the first row", "CNN; fitted, universal", "test_settings.py::test_cuda_mixed_precision"),
+    ("maps that are NaN or infinite", "such images are not scored; a step without any stays plain", "CNN; fitted, universal", "test_hostile.py::test_maps_that_are_not_finite_are_not_scored"),
+    ("constant maps", "fitted oracle: works; universal oracle: stays plain, counted as `not_valid`; gradients are finite", "CNN; fitted, universal", "test_hostile.py::test_constant_maps"),
+    ("maps of changing size", "works", "CNN; fitted, universal", "test_hostile.py::test_maps_of_changing_size"),
+    ("a module called twice, or shared under two names", "works: the map is that of its last call", "CNN; fitted, universal", "test_hostile.py::test_a_module_called_twice_or_shared"),
+    ("a module never called in training", "refused by name", "CNN; fitted, universal", "test_hostile.py::test_a_module_never_called_in_training"),
+    ("modules that give tuples or dicts", "works", "CNN; fitted, universal", "test_hostile.py::test_tuples_and_dicts"),
+    ("empty batches", "stay plain, counted as `not_valid`; as the first batch refused by the universal oracle's probe", "CNN; fitted, universal", "test_hostile.py::test_empty_batches"),
+    ("a loss that is not finite", "stays as it is", "CNN; fitted", "test_callback.py::test_a_loss_that_is_not_finite_stays_as_it_is"),
+    ("a module that gives no map", "refused by name", "", "test_taps.py::test_a_module_that_gives_no_map"),
+    ("oracle files with flipped bits", "`OracleFileError`", "fitted", "test_oracle.py::test_flipped_bits"),
+    ("oracle files that are cut, at every 1 % of their length", "`OracleFileError`", "fitted, universal", "test_hostile.py::test_oracles_cut_at_every_percent"),
+    ("data sets and studies that are cut, each file at every 1 % of its length", "`DatasetError`, `StudyError`", "", "test_hostile.py::test_data_sets_and_studies_cut_at_every_percent"),
+    ("pickles and archives in place of an oracle", "`OracleFileError`, nothing is executed", "", "test_oracle.py::test_no_unpickling"),
+    ("oracle files: zip bombs, headers and cards that promise terabytes, files of terabytes", "`OracleFileError`, memory bounded", "", "test_hostile.py::test_oracles_that_promise_terabytes"),
+    ("oracle files: links", "followed (the hub's cache is made of links); the file is checked like any other", "", "test_hostile.py::test_a_link_to_an_oracle_is_read_and_checked"),
+    ("data sets that are damaged: pickles, zip bombs, headers that promise terabytes, links, names that lead out of the folder", "`DatasetError`, nothing is executed", "", "test_recorder.py::test_damaged_folders_are_named"),
+    ("study folders that are damaged, also links in them", "`StudyError`", "", "test_study.py::test_a_damaged_result_is_named"),
+    ("all three, broken at random", "their own errors", "", "test_soak.py::test_broken_files_are_refused"),
+    ("many steps with callback and recorder", "memory stays flat (`make soak` does 2,000 and prints the figures)", "CNN; fitted, universal", "test_memory.py::test_memory_is_flat"),
+    ("maps and graphs of earlier steps", "are gone", "CNN; universal", "test_memory.py::test_no_map_of_an_earlier_step_is_alive"),
+    ("a deleted learner", "goes with network and callbacks", "CNN; universal", "test_memory.py::test_learner_callback_and_network_are_collected"),
 ]
 
 def table():
@@ -147,7 +229,7 @@ def table():
         return words[result] if isinstance(result, str) else "; ".join(f"{o} oracle: {words[r]}" for o, r in result.items())
     nets = dict(cnn="CNN", vit="ViT")
     rows = [[name, says(s.result) + (f" ({s.note})" if s.note else ""), f"{', '.join(nets[n] for n in s.nets)}; {', '.join(s.oracles)}", "`test_settings.py::test_the_table`"] for name, s in SETTINGS.items()]
-    rows += [[what, holds, "", f"`{test}`"] for what, holds, test in OTHERS]
+    rows += [[what, holds, where, f"`{test}`"] for what, holds, where, test in OTHERS]
     return "\n".join("| " + " | ".join(r) + " |" for r in [["setting", "what happens", "networks; oracles", "proven by"], ["---"]*4, *rows])
 
 if __name__ == "__main__": print(table())

@@ -1,8 +1,11 @@
 "Contracts of FMCECallback: gradients of the written formula, nothing touched where it must not act, nothing left behind however a fit ends."
-import itertools
+import copy
+import gc
 import pickle
 import warnings
+import weakref
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,7 +24,7 @@ from fmce_fastai.callback import FMCECallback, _ArmLast
 from fmce_fastai.convergence import OnlineCQI
 from fmce_fastai.oracle import FittedFMCENet, FMCENet, OracleError, tensors_sha256
 from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import TapError, hook_count, pool_map
+from fmce_fastai.taps import FeatureTap, TapError, hook_count, pool_map, tap_plan
 from helpers import Probe, RaiseAt, assert_same, make_learner, make_oracle, rng_state, seed_all, tensor_dls, tensor_learner, weights
 
 pytestmark = [
@@ -60,7 +63,8 @@ def silent(learn):
 def with_ral(alpha=.5, arch=None, seed=0, oracle=None, learner=tensor_learner, cbs=(), ral=None, **kwargs):
     "A learner with a probe and FMCECallback; alpha None leaves the callback out."
     learn = learner(arch, seed, **kwargs)
-    oracle = make_oracle(learn.model) if oracle is None else oracle
+    if oracle != "universal": oracle = make_oracle(learn.model) if oracle is None else oracle
+    else: oracle = None
     if alpha is not None: learn.add_cb(FMCECallback(alpha, oracle, **(ral or {})))
     learn.add_cbs([Probe(), *cbs])
     return silent(learn)
@@ -182,11 +186,11 @@ def outcome(learn):
     probe = learn.probe
     return weights(learn.model), torch.stack(probe.losses), probe.seen, rng_state(), [list(v) for v in learn.recorder.values]
 
-@pytest.mark.parametrize("arch", [None, "test_resnet"])
+@pytest.mark.parametrize("arch, oracle", [(None, None), ("test_resnet", None), (None, "universal"), ("vit", None), ("vit", "universal")])
 @pytest.mark.parametrize("ral", [dict(), dict(when=.5, fmcs_loss="gap")])
-def test_alpha_0_changes_no_bit(arch, ral):
+def test_alpha_0_changes_no_bit(arch, oracle, ral):
     "Weights, losses, batches, random state, predictions; only columns are added."
-    plain, zero = with_ral(None, arch, learner=make_learner), with_ral(0., arch, learner=make_learner, ral=ral)
+    plain, zero = with_ral(None, arch, learner=make_learner), with_ral(0., arch, oracle=oracle, learner=make_learner, ral=ral)
     for learn in (plain, zero): seed_all(3); learn.fit_one_cycle(2, 1e-2)
     a, b = outcome(plain), outcome(zero)
     assert_same(a[0], b[0])
@@ -204,23 +208,34 @@ def test_before_when_nothing_is_touched():
     assert not torch.equal(torch.stack(plain.probe.losses[5:]), torch.stack(late.probe.losses[5:]))
 
 
-def test_validation_prediction_and_lr_find_are_untouched(tmp_path):
+def shown_results(learn):
+    "What `show_results` draws: titles and pixels of every picture."
+    import matplotlib.pyplot as plt
+    plt.close("all")
+    learn.show_results(max_n=4, show=False)
+    return [(ax.get_title(), [im.get_array().tobytes() for im in ax.get_images()]) for ax in plt.gcf().axes]
+
+@pytest.mark.parametrize("arch, kind", [(None, "fitted"), (None, "universal"), ("vit", "fitted"), ("vit", "universal"), (None, "recorder"), ("vit", "recorder")])
+def test_validation_prediction_and_lr_find_are_untouched(arch, kind, tmp_path):
+    "By the callback with either oracle, and by the recorder."
     out = {}
-    for alpha in (None, .9):
-        learn = with_ral(alpha, learner=make_learner, path=tmp_path/str(alpha))
+    for own in (False, True):
+        learn = with_ral(None, arch, learner=make_learner, path=tmp_path/str(own))
+        if own: learn.add_cb(FMCSRecorder(16, 4) if kind == "recorder" else FMCECallback(.9, make_oracle(learn.model) if kind == "fitted" else None))
         seen = [learn.validate(), learn.validate(), *learn.get_preds(), *learn.get_preds(ds_idx=0, with_input=True)[:2]]
         seed_all(1)
         seen += [*learn.tta(n=2), *learn.predict(learn.dls.valid_ds[0][0])[1:]]
-        learn.show_results(max_n=2, show=False)
+        seed_all(1)
+        seen += [shown_results(learn)]
         seed_all(2)
         seen += [list(learn.lr_find(num_it=6, show_plot=False)), learn.recorder.lrs, [float(l) for l in learn.recorder.losses], learn.validate()]
         assert hook_count(learn.model) == 0 and len(learn.metrics) == 1
-        out[alpha] = seen, weights(learn.model), rng_state()
-        if alpha: assert len(learn.fmce.history) == 0
-    for p, q in zip(out[None][0], out[.9][0]):
+        out[own] = seen, weights(learn.model), rng_state()
+        if own: assert not (learn.fmcs_recorder.datasets if kind == "recorder" else len(learn.fmce.history))
+    for p, q in zip(out[False][0], out[True][0]):
         assert torch.equal(p, q) if isinstance(p, torch.Tensor) else list(p) == list(q)
-    assert_same(out[None][1], out[.9][1])
-    assert out[None][2] == out[.9][2]
+    assert_same(out[False][1], out[True][1])
+    assert out[False][2] == out[True][2]
 
 
 def test_validation_between_and_inside_fits():
@@ -483,16 +498,25 @@ def shape_of(learn):
     "What a fit's table looks like, and how many values `validate` gives."
     return list(learn.recorder.metric_names), [len(v) for v in learn.recorder.values], len(learn.validate())
 
-@pytest.mark.parametrize("order", [-5, 99])
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("event", EVENTS)
-def test_nothing_is_left_however_a_fit_ends(event, error, order):
-    "An exception out of another callback, at any event and on either side of ours: no hook stays, and the next fit is as a fresh learner's."
-    cbs = [FMCSRecorder(16, 3), RaiseAt(event, error, skip=1 if "batch" in event or "step" in event else 0, order=order)]
-    learn = with_ral(.5, cbs=cbs, n=32)
+def broken_off(learn, event, error, order):
+    "After a fit that `error` has ended, or cut short: random states, and the modules' modes."
+    learn.add_cb(RaiseAt(event, error, skip=1 if "batch" in event or "step" in event else 0, order=order))
+    seed_all(4)
     try: learn.fit(2)
     except type(error): pass
     except AttributeError as e: assert "no attribute 'log'" in str(e) # fastai's Recorder after a cancelled before_epoch
+    return rng_state(), [m.training for m in learn.model.modules()]
+
+# Every event and error on both sides of ours with the small CNN and a fitted oracle; ViT and the universal one in turn, so that each meets every event and every error
+ENDS = [(event, error, order, None, None) for event in EVENTS for error in ERRORS for order in (-5, 99)]
+ENDS += [(event, error, 99, *(("vit", "universal"), (None, "universal"), ("vit", None))[(i+j) % 3]) for i, event in enumerate(EVENTS) for j, error in enumerate(ERRORS)]
+
+@pytest.mark.parametrize("event, error, order, arch, oracle", ENDS, ids=lambda o: type(o).__name__ if isinstance(o, BaseException) else None)
+def test_nothing_is_left_however_a_fit_ends(event, error, order, arch, oracle):
+    "An exception out of another callback, at any event and on either side of ours: no hook stays, random state and modes are as without us, and the next fit is as a fresh learner's."
+    learn = with_ral(.5, arch, oracle=oracle, cbs=[FMCSRecorder(16, 3)], n=32)
+    left = broken_off(learn, event, error, order)
+    if order == 99: assert left == broken_off(with_ral(None, arch, n=32), event, error, order)
     assert hook_count(learn.model) == 0
     learn.fit(2)
     assert hook_count(learn.model) == 0 and len(learn.metrics) == 1
@@ -504,48 +528,90 @@ def test_nothing_is_left_however_a_fit_ends(event, error, order):
     assert learn.fmce._tap is None
 
 
-class FailingNet(nn.Module):
-    "Raises in a chosen submodule, at a chosen forward in training."
-    def __init__(self, net, error, after=2):
-        super().__init__()
-        self.net, self.error, self.after = net, error, after
-        self.breaker = Breaker(self)
-    def forward(self, x): return self.net.head(self.breaker(self.net.stage2(self.net.stage1(self.net.stem(x)))).mean((2, 3)))
-
 class Breaker(nn.Module):
-    def __init__(self, owner): super().__init__(); self.__dict__["owner"] = owner
+    "Raises `error` at a chosen forward in training."
+    def __init__(self, error, after=2): super().__init__(); self.error, self.after = error, after
     def forward(self, x):
         if self.training and torch.is_grad_enabled():
-            self.owner.after -= 1
-            if self.owner.after == 0: raise self.owner.error
+            self.after -= 1
+            if self.after == 0: raise self.error
         return x
 
-
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("then", ["fit", "validate", "export", "get_preds"])
-def test_an_error_inside_the_networks_forward(error, then, tmp_path):
-    learn = silent(make_learner(path=tmp_path))
-    learn.model = FailingNet(learn.model, error)
-    learn.add_cb(FMCECallback(.5, make_oracle(learn.model, taps=["net.stage1", "net.stage2"])))
-    with pytest.raises(type(error)): learn.fit(1)
-    if isinstance(error, RuntimeError): assert hook_count(learn.model) == 0 and not learn.fmce._tap.maps
-    learn.model.error = None
+@pytest.mark.parametrize("then", ["fit", "validate", "export", "get_preds", "detach", "callback first"])
+@pytest.mark.parametrize("arch, kind", [(None, "fitted"), ("vit", "universal")])
+def test_an_error_inside_the_networks_forward(error, then, arch, kind, tmp_path):
+    learn = silent(make_learner(arch, path=tmp_path))
+    if arch: learn.model.norm = nn.Sequential(learn.model.norm, Breaker(error))
+    else: learn.model.drop = nn.Sequential(learn.model.drop, Breaker(error))
+    breaker = learn.model.get_submodule("norm.1" if arch else "drop.1")
+    oracle = make_oracle(learn.model) if kind == "fitted" else None
+    maps, read = [], FeatureTap._read
+    def noted(self, tap, module, args, out):
+        read(self, tap, module, args, out)
+        if torch.is_grad_enabled(): maps.append(weakref.ref(out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureTap, "_read", noted)
+        learn.add_cb(FMCECallback(.5, oracle))
+        with pytest.raises(type(error)): learn.fit(1)
+    error.__traceback__ = error.__context__ = None  # it would hold the frames, as a notebook does till the next error
+    learn.xb, learn.yb, learn.pred, learn.loss, learn.loss_grad = (), (), None, None, None  # what fastai keeps of the step before
+    gc.collect()
+    assert maps and not any(m() is not None for m in maps) and not learn.fmce._tap.maps and not learn.fmce._tap._edges  # no map is held
+    left = hook_count(learn.model)
+    assert left == 0 if isinstance(error, RuntimeError) else left == len(learn.fmce._tap.plan) + 2
+    breaker.error = None
     if then == "fit": learn.fit(1); assert learn.fmce.history.acted.tolist()[-1] == 4
     elif then == "validate": assert len(learn.validate()) == 2
     elif then == "get_preds": learn.get_preds()
+    elif then == "detach": learn.fmce.detach(); assert not [c for c in learn.cbs if isinstance(c, _ArmLast)]
+    elif then == "callback first":  # pickled before the network
+        again = cloudpickle.loads(cloudpickle.dumps(learn.fmce)).learn
+        assert hook_count(again.model) == hook_count(learn.model) == 0
+        return
     else:
         learn.export("a.pkl")
         again = load_learner(tmp_path/"a.pkl")
+        assert hook_count(again.model) == hook_count(learn.model) == 0
         again.predict(learn.dls.valid_ds[0][0])
         assert len(again.metrics) == 1 and not [c for c in again.cbs if isinstance(c, _ArmLast)]
-        if isinstance(error, RuntimeError): assert hook_count(again.model) == 0
-        # what Ctrl-C inside the forward left is inert: it does nothing and holds nothing
-        for m in again.model.modules():
-            for h in m._forward_hooks.values():
-                owner = getattr(h, "__self__", None) or h.__closure__[0].cell_contents
-                assert not getattr(owner, "maps", None)
         return
     assert hook_count(learn.model) == 0 and len(learn.metrics) == 1
+
+
+def test_a_copy_of_a_network_with_hooks_that_ctrl_c_left_heals_itself():
+    "By `copy.deepcopy`, as averaging callbacks do it, or by a pickle of the network alone: its first forward takes them away."
+    model = tensor_learner().model
+    model.drop = nn.Sequential(model.drop, Breaker(KeyboardInterrupt(), after=1))
+    tap, x = FeatureTap(tap_plan(model, size=16)).arm(model), torch.randn(2, 3, 16, 16)
+    with pytest.raises(KeyboardInterrupt): model(x)
+    model.drop[1].error = None
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert hook_count(again) == 5
+        again(x)
+        assert hook_count(again) == 0
+    assert hook_count(model) == 5
+    tap.detach()
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("arch, kind", [(None, None), ("vit", "universal")])
+def test_save_and_load(arch, kind, tmp_path):
+    "The file knows nothing of the callback, and training goes on after it as it would have."
+    sizes, after = [], []
+    for alpha in (None, .5):
+        learn = with_ral(alpha, arch, oracle=kind, path=tmp_path)
+        learn.fit(1)
+        learn.save("a")
+        sizes.append((tmp_path/"models"/"a.pth").stat().st_size)
+    learn.fit(1)
+    after.append(weights(learn.model))
+    learn.load("a")
+    assert learn.fmce.oracle is not None and hook_count(learn.model) == 0
+    state = torch.load(tmp_path/"models"/"a.pth", weights_only=False)
+    assert set(state["model"]) == set(weights(learn.model)) and sizes[0] == sizes[1]
+    learn.fit(1)
+    assert learn.fmce.history.fit.max() == 3 and learn.fmce.history.acted.iloc[-1] == 4
 
 
 def test_taking_the_callback_away_after_a_broken_fit():

@@ -15,6 +15,8 @@ from fmce_fastai.taps import tap_plan, unwrap
 from helpers import TinyNet
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
+KINDS = ["fitted", "universal", "memory"]
+FAILURES = {"the folder exists": ("FileExistsError", "already exists and is not empty"), "the disk is full": ("OSError", "could not be written"), "the disk is full at the end": ("OSError", "No space left on device")}
 
 
 def run(args):
@@ -22,39 +24,59 @@ def run(args):
     done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
-@pytest.fixture(scope="module", params=["fitted", "universal"])
-def fits(request, tmp_path_factory):
-    "A fit in two processes, and the same in one."
-    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    "Fits in two processes, and the same in one."
+    folder = tmp_path_factory.mktemp("fits")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    for mode in ("ddp", "whole" if kind == "fitted" else "halves"):
-        (folder/mode).mkdir()
-        run([*(launch if mode == "ddp" else [sys.executable]), str(WORKER), str(folder/mode), kind, mode])
-    return kind, folder
+    for mode in ("two", "one"):
+        for name in (*KINDS, *FAILURES): (folder/mode/name).mkdir(parents=True)
+        run([*(launch if mode == "two" else [sys.executable]), str(WORKER), str(folder/mode), mode])
+    return folder
 
-def test_both_processes_end_with_the_weights_of_one(fits):
-    "The fitted oracle scores image by image: the whole batch. The universal one reads the images of a process: the mean of two half batches."
-    kind, folder = fits
-    one = torch.load(next((folder/("whole" if kind == "fitted" else "halves")).glob("*.pt")), weights_only=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_processes_end_with_the_weights_of_one(fits, kind):
+    "The fitted oracle scores image by image: the whole batch. The universal one reads the images of a process, `memory` those that it had: the mean of two half batches."
+    one = torch.load(fits/"one"/kind/"one0.pt", weights_only=True)
     for rank in (0, 1):
-        two = torch.load(folder/"ddp"/f"ddp{rank}.pt", weights_only=True)
+        two = torch.load(fits/"two"/kind/f"two{rank}.pt", weights_only=True)
         assert two.keys() == one.keys()
         for k in one: assert_close(two[k], one[k], atol=2e-6, rtol=1e-4)
 
-def test_logged_scores_are_means_over_the_processes(fits):
-    kind, folder = fits
-    a, b = (pd.read_csv(folder/"ddp"/f"ddp{r}.csv") for r in (0, 1))
-    assert a.equals(b) and (a.acted == a.steps).all()
-    if kind == "fitted":
-        one = pd.read_csv(folder/"whole"/"whole0.csv")
-        for c in ("fmcs", "fmcs_loss"): assert np.allclose(a[c], one[c], atol=1e-5)
+def test_the_kinds_of_fit_differ(fits):
+    "Else the comparison above would say little."
+    a, b, c = (torch.load(fits/"one"/kind/"one0.pt", weights_only=True)["stem.0.weight"] for kind in KINDS)
+    assert min((a-b).abs().max(), (b-c).abs().max()) > 1e-4
 
-def test_one_data_set_is_recorded_by_both(fits):
-    kind, folder = fits
-    assert (folder/"ddp"/"ddp0.recorded").read_text() == "1" and (folder/"ddp"/"ddp1.recorded").read_text() == "0"
-    two, one = FMCSDataset(folder/"ddp"/"maps"), FMCSDataset(folder/("whole" if kind == "fitted" else "halves")/"maps")
+@pytest.mark.parametrize("kind", KINDS)
+def test_logged_scores_are_means_over_the_processes(fits, kind):
+    "In `history`, and in the table of the fit."
+    a, b = (pd.read_csv(fits/"two"/kind/f"two{r}.csv") for r in (0, 1))
+    assert a.equals(b) and (a.acted == a.steps).all()
+    columns = ["fmcs_loss", "fmcs", "fmcs_last"]
+    tables = [pd.read_csv(fits/"two"/kind/f"two{r}.table.csv") for r in (0, 1)]
+    for t in tables:
+        assert list(t.columns) == ["train_loss", "valid_loss", *columns] and len(t) == 2
+        assert np.allclose(t.fmcs_last, a[a.module == a.module.iloc[-1]].fmcs, atol=1e-6)
+    assert tables[0][columns].equals(tables[1][columns])
+    if kind == "fitted":
+        one, table = pd.read_csv(fits/"one"/kind/"one0.csv"), pd.read_csv(fits/"one"/kind/"one0.table.csv")
+        for c in ("fmcs", "fmcs_loss"): assert np.allclose(a[c], one[c], atol=1e-5)
+        assert np.allclose(tables[0][columns], table[columns], atol=1e-5)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_data_set_is_recorded_by_both(fits, kind):
+    assert (fits/"two"/kind/"two0.recorded").read_text() == "1" and (fits/"two"/kind/"two1.recorded").read_text() == "0"
+    two, one = FMCSDataset(fits/"two"/kind/"maps"), FMCSDataset(fits/"one"/kind/"maps")
     assert len(two.steps) == len(one.steps) == 4 and two.snapshots.step.tolist() == one.snapshots.step.tolist()
-    if kind == "fitted": assert np.allclose(two.steps.loss, one.steps.loss, atol=1e-5)  # the task loss of the whole batch
+    assert np.allclose(two.steps.loss, one.steps.loss, atol=1e-5)  # the task loss of the whole batch
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_what_goes_wrong_in_one_process_reaches_the_other_in_words(fits, what):
+    first, second = ((fits/"two"/what/f"{r}.txt").read_text() for r in (0, 1))
+    error, words = FAILURES[what]
+    assert first.startswith(error) and words in first
+    assert second.startswith("RankError") and f"Process 0 of this fit failed: {error}" in second and words in second
 
 def test_sync_batch_norm_keeps_the_taps():
     "By structure: it needs a GPU to run."

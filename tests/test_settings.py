@@ -9,23 +9,24 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from timm.models.vision_transformer import VisionTransformer
+from fastai.learner import Learner
+from fastai.torch_core import norm_types
+from fastai.vision.learner import vision_learner
+from torch import nn
 
 from fmce_fastai.callback import FMCECallback
+from fmce_fastai.data import digits_dls
 from fmce_fastai.oracle import FMCENet
 from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import hook_count
-from helpers import assert_same, make_learner, make_oracle, rng_state, seed_all, tensor_learner, weights
-from settings import OTHERS, SETTINGS, table
+from fmce_fastai.taps import TapError, hook_count
+from helpers import assert_same, make_learner, make_model, make_oracle, rng_state, seed_all, tensor_learner, weights
+from settings import OTHERS, SETTINGS, Diary, table
 
 CASES = [(name, net, oracle) for name, s in SETTINGS.items() for net in s.nets for oracle in s.oracles]
 
 
 def learner(setting, net, path, cbs=()):
-    learn = tensor_learner(path=path, metrics=[], cbs=[*setting.cbs(path), *cbs], **setting.learner)
-    if net == "vit":
-        seed_all(0)
-        learn.model = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=10)
+    learn = tensor_learner("vit" if net == "vit" else None, path=path, metrics=[], cbs=[*setting.cbs(path), *cbs], **setting.learner)
     setting.before(learn)
     if setting.loss is not None: learn.loss_func = setting.loss
     learn.logger = lambda *_: None
@@ -62,8 +63,8 @@ def test_the_table(name, net, oracle, tmp_path):
     setting = SETTINGS[name]
     expected = setting.result[oracle] if isinstance(setting.result, dict) else setting.result
     learn = learner(setting, net, tmp_path)
-    ral, formula = FMCECallback(.5, make_oracle(learn.model) if oracle == "fitted" else None), Formula()
-    learn.add_cbs([ral, formula])
+    ral, formula = FMCECallback(.5, make_oracle(learn.model) if oracle == "fitted" else None, **setting.ral), Formula()
+    learn.add_cbs([ral, formula, Diary()])
     n_cbs, loss_func = len(learn.cbs), learn.loss_func
     setting.fit(learn)
     h = ral.history
@@ -74,6 +75,7 @@ def test_the_table(name, net, oracle, tmp_path):
     else: assert (last[expected] == last.steps).all()
     assert np.isfinite(formula.seen).all() and max(formula.seen) < (2e-2 if "autocast" in name else 1e-5)
     assert hook_count(learn.model) == 0 and learn.metrics == [] and len(learn.cbs) == n_cbs and learn.loss_func is loss_func
+    setting.check(learn)
 
 @pytest.mark.parametrize("name, net", sorted({(name, net) for name, net, _ in CASES}))
 def test_recorded_in_every_setting_and_not_a_bit_is_changed(name, net, tmp_path):
@@ -81,12 +83,12 @@ def test_recorded_in_every_setting_and_not_a_bit_is_changed(name, net, tmp_path)
     for cbs in ([], [FMCSRecorder(n_images=16, n_snapshots=3)], [FMCECallback(0.)]):
         learn = learner(setting, net, tmp_path, cbs)
         setting.fit(learn)
-        after.append((weights(learn.model), rng_state()))
+        after.append((weights(learn.model), rng_state(), [list(v)[:2] for v in learn.recorder.values]))
         assert hook_count(learn.model) == 0
         if cbs and isinstance(cbs[0], FMCSRecorder): assert len(cbs[0].dataset) >= 2 and np.isfinite(cbs[0].dataset.steps.loss).all()
-    for w, state in after[1:]:
+    for w, state, losses in after[1:]:
         assert_same(after[0][0], w)
-        assert state == after[0][1]
+        assert state == after[0][1] and losses == after[0][2]  # as many epochs, too
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU twin is the first row of the table")
@@ -104,11 +106,12 @@ def test_cuda_mixed_precision(half, oracle, tmp_path):
     learn.fit(2)
     assert (ral.history.acted == ral.history.steps).all() and np.isfinite(ral.history[["fmcs", "fmcs_loss", "gradient_ratio"]].to_numpy()).all()
 
-def test_interpretation_is_untouched(tmp_path):
+@pytest.mark.parametrize("net", [None, "vit"])
+def test_interpretation_is_untouched(net, tmp_path):
     from fastai.interpret import ClassificationInterpretation
     seen = []
     for cbs in ([], [FMCECallback(.9)], [FMCSRecorder()]):
-        learn = make_learner(path=tmp_path, cbs=cbs)
+        learn = make_learner(net, path=tmp_path, cbs=cbs)
         learn.logger = lambda *_: None
         found = ClassificationInterpretation.from_learner(learn)
         seen.append((found.top_losses(5, items=False), found.confusion_matrix()))
@@ -116,11 +119,67 @@ def test_interpretation_is_untouched(tmp_path):
     for losses, confusion in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(losses, seen[0][0])) and (confusion == seen[0][1]).all()
 
+@pytest.mark.parametrize("net", ["cnn", "vit"])
+@pytest.mark.parametrize("oracle", ["fitted", "universal"])
+def test_fine_tuning_freezes_the_body_and_trains_it_then(net, oracle, tmp_path):
+    "The body's weights stay in the first fit, but for its norm layers, through which its maps carry gradient; RAL acts in both."
+    class Look(Callback):
+        def before_fit(self): self.body = [(m, p, p.detach().clone()) for m in self.model[0].modules() for p in m.parameters(recurse=False)]
+        def after_fit(self):
+            moved = {norm: [not torch.equal(p, was) for m, p, was in self.body if isinstance(m, norm_types) == norm and p.ndim] for norm in (True, False)}
+            self.learn.moved.append({norm: any(ms) for norm, ms in moved.items()})
+    seed_all(0)
+    if net == "cnn": learn = vision_learner(digits_dls(size=32, n_train=64, bs=32), "test_resnet", pretrained=False, metrics=[], path=tmp_path)
+    else: learn = Learner(digits_dls(size=16, n_train=64, bs=32), vit_parts(), splitter=lambda m: [list(p.parameters()) for p in m], metrics=[], path=tmp_path)
+    learn.moved, learn.logger = [], lambda *_: None
+    learn.add_cbs([FMCECallback(.9, make_oracle(learn.model, size=32 if net == "cnn" else 16) if oracle == "fitted" else None), Look()])
+    learn.fine_tune(1, freeze_epochs=1)
+    h = learn.fmce.history
+    assert h.fit.unique().tolist() == [1, 2] and (h.acted == h.steps).all()
+    assert learn.moved == [{True: True, False: False}, {True: True, False: True}]
+
+class Head(nn.Module):
+    "The head of a small ViT, which reads the class token."
+    def __init__(self): super().__init__(); self.out = nn.Linear(16, 10)
+    def forward(self, x): return self.out(x[:, 0])
+
+class Body(nn.Module):
+    "Its body, inside as `vision_learner` has it."
+    def __init__(self): super().__init__(); self.model = make_model("vit")
+    def forward(self, x): return self.model.forward_features(x)
+
+def vit_parts():
+    seed_all(0)
+    return nn.Sequential(Body(), Head())
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("oracle", ["fitted", "universal"])
+def test_a_network_that_was_compiled_before_is_told_and_helped(how, oracle, tmp_path):
+    "Compiled in an earlier call, it fires no hooks: the first step says so, before any weight has moved; the advice in the message works."
+    torch._dynamo.reset()
+    learn = tensor_learner(path=tmp_path, metrics=[])
+    given = make_oracle(learn.model) if oracle == "fitted" else None
+    if how == "wrapped": learn.model = torch.compile(learn.model, backend="aot_eager")
+    else: learn.model.compile(backend="aot_eager")
+    learn.logger = lambda *_: None
+    learn.fit(1, 1e-2)
+    before = dict(weights(learn.model))
+    learn.add_cb(FMCECallback(.5, given))
+    with pytest.raises(TapError, match="No feature map arrived from stem, stage1, stage2.*torch._dynamo.reset"): learn.fit(1, 1e-2)
+    after = weights(learn.model)
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if "running" not in k and "num_batches" not in k) and hook_count(learn.model) == 0
+    torch._dynamo.reset()
+    learn.fit(1, 1e-2)
+    assert learn.fmce.history.acted.tolist() == [4, 4, 4] and hook_count(learn.model) == 0
+
 def test_every_row_of_the_table_names_a_test_that_is_there():
     here = Path(__file__).parent
-    for _, _, test in OTHERS:
+    for *_, test in OTHERS:
         file, _, name = test.partition("::")
-        assert f"def {name}" in (here/file).read_text()
+        assert f"\ndef {name}(" in (here/file).read_text(), test
+
+def test_no_row_is_untested_but_those_that_need_a_gpu():
+    for what, holds, *_ in OTHERS: assert ("untested" in holds) == ("need a GPU" in holds or "needs a GPU" in holds), what
 
 def test_the_table_of_the_documentation_is_this_one():
     page = json.loads((Path(__file__).parents[1]/"nbs"/"integration.ipynb").read_text())

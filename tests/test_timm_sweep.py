@@ -66,7 +66,7 @@ def test_a_fault_is_found(broken, says, monkeypatch):
     elif broken == "recorder":
         plain = timm_sweep.FMCSRecorder.after_loss
         monkeypatch.setattr(timm_sweep.FMCSRecorder, "after_loss", lambda self: (plain(self), torch.rand(1), setattr(self.learn, "loss_grad", self.learn.loss_grad*1.5))[0])
-    else: monkeypatch.setattr(timm_sweep.FMCECallback, "after_fit", lambda self: (self._leave(), self.model.register_forward_hook(lambda *_: None))[0])
+    else: monkeypatch.setattr(timm_sweep.FMCECallback, "after_fit", lambda self: (self.detach(), self.model.register_forward_hook(lambda *_: None))[0])
     row = timm_sweep.run_setting("test_resnet", "learner", "off")
     assert row["status"] == "failed" and says in row["error"]
 
