@@ -34,6 +34,10 @@ def test_pyproject_repeats_settings(settings):
 
 
 def test_requirements_are_lower_bounds(settings):
-    for field in ("requirements", "dev_requirements"):
+    for field in ("requirements", "dev_requirements", "cam_requirements"):
         for requirement in settings[field].split():
             assert ">=" in requirement and "==" not in requirement, requirement
+
+
+def test_what_an_extra_needs_is_tested(settings):
+    assert set(settings["cam_requirements"].split()) <= set(settings["dev_requirements"].split())
