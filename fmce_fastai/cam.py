@@ -27,7 +27,7 @@ from .losses import check_alpha
 from .recorder import FMCSRecorder, _read_batches, undisturbed
 from .taps import FeatureTap, TapPlan, tap_plan, unwrap
 
-# %% ../nbs/07b_cam.ipynb #d7821ace
+# %% ../nbs/07b_cam.ipynb #f18472de
 class CamError(ValueError):
     "No Grad-CAM can be made as asked; the message says why and what to do."
 
@@ -51,7 +51,10 @@ def _only_inputs(model):
             p.requires_grad_(flag)
             p.grad = grad  # grad-cam calls zero_grad
 
-def _device_of(model): return next((p.device for p in model.parameters()), torch.device('cpu'))
+def _like(x, model):
+    "`x` on the device and in the floating dtype of the network."
+    p = next((p for p in model.parameters() if p.is_floating_point()), x)
+    return x.to(p.device, p.dtype)
 
 def _scores(model, x):
     "Class scores (B, C) of a batch."
@@ -59,7 +62,7 @@ def _scores(model, x):
     if not (isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] > 1): raise CamError(f"The network gives {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}; Grad-CAM explains a score of one class of several, so it needs (B, C).")
     return out
 
-# %% ../nbs/07b_cam.ipynb #facf6581
+# %% ../nbs/07b_cam.ipynb #4603abca
 MIN_GRID = 7
 
 def _has_gradient(model, plan, x):
@@ -73,9 +76,9 @@ def _has_gradient(model, plan, x):
     return {n for (n,(_,_,arrange)),g in zip(edges.items(), grads) if g is not None and bool((arrange(g) != 0).any())}
 
 def _enough(plan, tap, min_grid):
-    "An image side, in pixels, at which `tap` has `min_grid` cells: strides are powers of 2, but for odd patches, for which it is more than enough."
+    "An image side, in pixels, at which `tap` has `min_grid` cells: strides are powers of 2, but for odd patches, for which it is more than enough. One cell does not tell its stride; most networks' is 32."
     stride = max(i/g for i,g in zip(plan.probe[2:], tap.grid))
-    return min_grid*2**int(np.ceil(np.log2(stride)-1e-9))
+    return min_grid*2**int(np.ceil(np.log2(stride)-1e-9)) if min(tap.grid) > 1 else f'in most networks {32*min_grid}'
 
 def cam_plan(
     model:torch.nn.Module, # A classifier
@@ -87,7 +90,7 @@ def cam_plan(
 
     Raises `CamError` if no map of these images has `min_grid` cells along each side (the text says which image size gives them), or if the scores do not depend on the map; `TapError` if `tap` is no module with a map."""
     model = unwrap(model)
-    x = _plain_tensor(images[:2]).to(_device_of(model))
+    x = _like(_plain_tensor(images[:2]), model)
     plan = tap_plan(model, 'all' if tap is None else [tap], x=x)
     size,shape = 'x'.join(map(str, x.shape[2:])),lambda t: 'x'.join(map(str, t.grid))
     last = max(plan, key=lambda t: t.depth)
@@ -99,11 +102,11 @@ def cam_plan(
     best = max(usable, key=lambda t: t.depth)
     note = f"{best.name}, {shape(best)} on images of {size}"
     if tap is None and best is not last:
-        small = min(last.grid) < min_grid
-        note += f"; the last map, {last.name}, is {shape(last)}: images of {_enough(plan, last, min_grid)} px make it {min_grid}x{min_grid}" if small else f"; the class scores do not depend on the grid of the last map, {last.name} (the head reads another token)"
+        if min(last.grid) >= min_grid: note += f"; the class scores do not depend on the grid of the last map, {last.name} (the head reads another token)"
+        else: note += f"; the last map, {last.name}, is {shape(last)}: images of {_enough(plan, last, min_grid)} px make it {min_grid}x{min_grid}"
     return replace(plan, taps=[best], note=note)
 
-# %% ../nbs/07b_cam.ipynb #f18472de
+# %% ../nbs/07b_cam.ipynb #7e392e9a
 def grad_cam(
     model:torch.nn.Module, # A classifier; modes, gradients and flags are as before after it
     images:torch.Tensor, # (B, C, H, W) as the network takes them
@@ -116,7 +119,8 @@ def grad_cam(
     Raises `CamError` without the package, or for a network without class scores."""
     package = _need_grad_cam()
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    model,images = unwrap(model),_plain_tensor(images).to(_device_of(unwrap(model)))
+    model = unwrap(model)
+    images = _like(_plain_tensor(images), model)
     plan = cam_plan(model, images) if plan is None else plan
     classes = predicted(model, images, bs)[0] if classes is None else np.asarray(classes)
     tap = plan.taps[0]
@@ -148,10 +152,10 @@ def predicted(
     model = unwrap(model)
     with undisturbed(model):
         model.eval()
-        p = torch.cat([_scores(model, x.to(_device_of(model))).float().softmax(1).cpu() for x in _plain_tensor(images).split(bs)]).numpy()
+        p = torch.cat([_scores(model, _like(x, model)).float().softmax(1).cpu() for x in _plain_tensor(images).split(bs)]).numpy()
     return p.argmax(1),p
 
-# %% ../nbs/07b_cam.ipynb #476965ef
+# %% ../nbs/07b_cam.ipynb #e51e284c
 def cam_entropy(
     maps:np.ndarray, # (B, h, w), not negative
 ) -> np.ndarray: # (B,), from 0 (all in one cell) to 1 (the same in every cell); NaN for a map of zeros
@@ -196,20 +200,20 @@ def cam_removal(
     from pytorch_grad_cam.metrics.road import ROADLeastRelevantFirstAverage, ROADMostRelevantFirstAverage
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
     model = unwrap(model)
-    x,percentiles,falls = _plain_tensor(images).to(_device_of(model)),[100*(1-s) for s in shares],[]
+    x,percentiles,falls = _plain_tensor(images).float(),[100*(1-s) for s in shares],[]
     blank,ranks = maps.reshape(len(maps), -1).max(1) <= 0,_ranks(maps, tuple(x.shape[2:]), seed)
     targets = [ClassifierOutputSoftmaxTarget(int(c)) for c in classes]
     for metric in (ROADMostRelevantFirstAverage, ROADLeastRelevantFirstAverage):
         with undisturbed(model, seed), warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='__array_wrap__', category=DeprecationWarning)  # numpy, of the package's use of torch tensors
             model.eval()
-            falls.append(np.where(blank, np.nan, -metric(percentiles)(x, ranks, targets, model)))
+            falls.append(np.where(blank, np.nan, -metric(percentiles)(x, ranks, targets, lambda x: _scores(model, _like(x, model)).float())))
     return tuple(falls)
 
-# %% ../nbs/07b_cam.ipynb #4603abca
+# %% ../nbs/07b_cam.ipynb #989a952d
 MEASURES = {'entropy':'entropy of the map / log(cells)', 'top_share':'share of the map in its top 10 % of cells', 'drop':'fall of the probability without the most relevant pixels', 'drop_least':'fall of the probability without the least relevant pixels'}
 
-@dataclass
+@dataclass(eq=False)
 class CamComparison:
     "Grad-CAM of several networks on the same images for the same classes."
     frame:pd.DataFrame   # One row per network and image: name, alpha, image, label, true, probability, `MEASURES`, tap, grid
@@ -266,7 +270,7 @@ def _grid(c, rows):
             if i == rows[0]: ax.set_title('image' if name is None else name, fontsize=9)
             if name is None:
                 r = of.loc[(c.reference, i)]
-                ax.set_ylabel(f"{r.label}{'' if r.true is None else chr(10) + ('(right)' if r.true == r.label else f'(is {r.true})')}", fontsize=8, rotation=0, ha='right', va='center')
+                ax.set_ylabel(f"{r.label}{'' if not isinstance(r.true, str) else chr(10) + ('(right)' if r.true == r.label else f'(is {r.true})')}", fontsize=8, rotation=0, ha='right', va='center')
                 continue
             r = of.loc[(name, i)]
             blank = not np.isfinite(r.entropy)
@@ -280,7 +284,7 @@ def _grid(c, rows):
     fig.supxlabel(f"Rows: the class that '{c.reference}' predicts, explained in every column (and the true one). H: entropy of the map (1: even), top: share of it in its top 10 % of cells.", fontsize=8)
     return fig
 
-# %% ../nbs/07b_cam.ipynb #1dc48f5b
+# %% ../nbs/07b_cam.ipynb #62e28331
 def _alpha_in(name):
     "The alpha in a name as `fine_tune_alphas` gives it, else NaN."
     found = re.fullmatch(r'alpha (\d*\.?\d+)', name)
@@ -335,38 +339,46 @@ def compare_cams(
 
     Raises `CamError` for images without a map fine enough, or with too little given; `TapError` for a network that cannot be read."""
     _need_grad_cam()
-    if not isinstance(learners_or_alphas, dict):
-        if learn is None: raise CamError("Alphas alone train nothing; give the Learner to start from, `learn=`, or a dict of name -> Learner.")
-        learners = fine_tune_alphas(learn, learners_or_alphas, seed=seed, **train)
-    elif train or not learners_or_alphas: raise CamError(f"{', '.join(train)}: settings of training go with alphas, not with a dict of networks." if train else "learners_or_alphas is empty; give at least one network.")
-    else: learners = learners_or_alphas
-    if reference not in learners:
-        if reference != 'plain': raise CamError(f"reference is {reference!r}; the networks are {', '.join(learners)}.")
-        reference = next(iter(learners))
+    learners = _learners_of(learners_or_alphas, learn, dict(train, seed=seed), train)
+    reference = _reference_in(learners, reference)
     if learn is None: learn = next((l for l in (learners[reference], *learners.values()) if hasattr(l, 'dls')), None)
     x,y = _images_of(images, learn, seed)
     main = _model_of(learners[reference])
     plan,(classes,p) = cam_plan(main, x, tap, min_grid),predicted(main, x, bs)
     vocab,maps,frame = _names_of(learn, p.shape[1]),{},[]
+    shown = dict(image=range(len(x)), label=[vocab[c] for c in classes], true=None if y is None else [vocab[c] for c in y])
     for name,one in learners.items():
         model = _model_of(one)
-        own = _plan_like(plan, model, x, tap, min_grid)
-        if (of := predicted(model, x, bs)[1]).shape != p.shape: raise CamError(f"'{name}' scores {of.shape[1]} classes and '{reference}' {p.shape[1]}: they cannot be explained for the same class.")
+        own,of = _plan_like(plan, model, x, tap, min_grid),predicted(model, x, bs)[1]
+        if of.shape != p.shape: raise CamError(f"'{name}' scores {of.shape[1]} classes and '{reference}' {p.shape[1]}: they cannot be explained for the same class.")
         maps[name] = grad_cam(model, x, classes, own, bs)
-        part = pd.DataFrame(dict(name=name, alpha=_alpha_in(name), image=range(len(x)), label=[vocab[c] for c in classes], true=None if y is None else [vocab[c] for c in y],
-                                 probability=of[range(len(x)), classes], entropy=cam_entropy(maps[name]), top_share=cam_top_share(maps[name])))
+        part = pd.DataFrame(dict(name=name, alpha=_alpha_in(name), **shown, probability=of[range(len(x)), classes], entropy=cam_entropy(maps[name]), top_share=cam_top_share(maps[name])))
         if removal: part['drop'],part['drop_least'] = cam_removal(model, x, classes, maps[name], seed=seed)
         frame.append(part.assign(tap=own.taps[0].name, grid='x'.join(map(str, own.taps[0].grid))))
     found = CamComparison(pd.concat(frame, ignore_index=True), maps, x, _pictures(x, learn), classes, reference, plan.note, dict(learners))
     found.figure = found.plot(rows)
     return found
 
+def _learners_of(given, learn, settings, train):
+    "The networks to compare: those given, or copies of `learn`, trained at the alphas given."
+    if isinstance(given, dict):
+        if train: raise CamError(f"{', '.join(train)}: settings of training go with alphas, not with a dict of networks.")
+        if not given: raise CamError("learners_or_alphas is empty; give at least one network.")
+        return given
+    if learn is None: raise CamError("Alphas alone train nothing; give the Learner to start from, `learn=`, or a dict of name -> Learner.")
+    return fine_tune_alphas(learn, given, **settings)
+
+def _reference_in(learners, name):
+    if name in learners: return name
+    if name != 'plain': raise CamError(f"reference is {name!r}; the networks are {', '.join(learners)}.")
+    return next(iter(learners))
+
 def _plan_like(plan, model, x, tap, min_grid):
     "`plan`, if it is of this architecture, else the network's own."
-    own = tap_plan(model, 'all' if tap is None else [tap], x=x[:2].to(_device_of(model)))
+    own = tap_plan(model, 'all' if tap is None else [tap], x=_like(x[:2], model))
     return plan if plan.taps[0] in own.taps else cam_plan(model, x, tap, min_grid)
 
-# %% ../nbs/07b_cam.ipynb #6f893df0
+# %% ../nbs/07b_cam.ipynb #8dc4f7c6
 _NOT_COPIED = FMCECallback,FMCSRecorder
 
 def _copied(learn):
@@ -390,6 +402,18 @@ def _order_from(dl, seed):
         if isinstance(own, random.Random): dl.rng = own
         elif isinstance(own, torch.Generator): own.set_state(state)
 
+def _arms(alphas, oracle, taps, fmcs_loss, placebo, seed):
+    "Name -> function that gives the callbacks of that copy."
+    from fmce_fastai.study import Study, _Placebo
+    try: alphas = [check_alpha(a) for a in alphas]
+    except TypeError as e: raise CamError(f"alphas is {alphas!r}; give a list of numbers in [0, 1].") from e
+    names = [f'alpha {a:.2f}' if a == round(a, 2) else f'alpha {a:g}' for a in alphas]
+    if not alphas or len(set(names)) < len(names): raise CamError(f"alphas is {alphas}; give one or more different values.")
+    arms = {'plain':lambda: [], **{n:lambda a=a: [FMCECallback(a, oracle, taps=taps, fmcs_loss=fmcs_loss)] for n,a in zip(names, alphas)}}
+    placebo = max(alphas) if placebo is None else check_alpha(placebo)
+    study = Study(taps=tuple(taps or ()), fmcs_loss=fmcs_loss)
+    return {**arms, 'placebo':lambda: [_Placebo(placebo, study, seed)]} if placebo else arms
+
 def fine_tune_alphas(
     learn, # The Learner to start from; it stays as it is
     alphas=(.7, .75, .8, .85, .9, .95), # One copy each, trained with RAL
@@ -402,23 +426,16 @@ def fine_tune_alphas(
     seed:int=0, # Of the batches' order and of all that is drawn in training
     bar:bool=True, # Progress bar over the copies?
 ) -> dict: # Name -> Learner: `before` (the one given), `plain`, `alpha 0.70`..., `placebo`
-    """Copies of a Learner, trained plainly, with RAL at each alpha and with a placebo: from the same weights, on the same batches, for the same number of steps.
+    """Copies of a Learner, trained plainly, with RAL at each alpha and with a placebo: from the same weights, on the same batches, for the same number of steps. All copies are kept, on the Learner's device.
 
     Raises `CamError` if the loaders cannot be made to give the same batches twice."""
     import fastai.callback.schedule  # gives Learner its `fit_one_cycle`
     from fastai.torch_core import no_random
     from fastprogress.fastprogress import progress_bar
-    from fmce_fastai.study import Noted, StepSeeds, Study, _Placebo
-    try: alphas = [check_alpha(a) for a in alphas]
-    except TypeError as e: raise CamError(f"alphas is {alphas!r}; give a list of numbers in [0, 1].") from e
-    names = [f'alpha {a:.2f}' if a == round(a, 2) else f'alpha {a:g}' for a in alphas]
-    if not alphas or len(set(names)) < len(names): raise CamError(f"alphas is {alphas}; give one or more different values.")
-    placebo = max(alphas) if placebo is None else check_alpha(placebo)
-    study = Study(taps=tuple(taps or ()), fmcs_loss=fmcs_loss)
-    arms = {'plain':lambda: [], **{n:lambda a=a: [FMCECallback(a, oracle, taps=taps, fmcs_loss=fmcs_loss)] for n,a in zip(names, alphas)}}
-    if placebo: arms['placebo'] = lambda: [_Placebo(placebo, study, seed)]
+    from fmce_fastai.study import Noted, StepSeeds
+    arms = _arms(alphas, oracle, taps, fmcs_loss, placebo, seed)
     trained,given = {'before':learn},None
-    for name in progress_bar(list(arms), comment='fine-tuning') if bar else arms:
+    for name in progress_bar(list(arms)) if bar else arms:
         new,noted,own = _copied(learn),Noted(),arms[name]()
         with no_random(seed), _order_from(learn.dls.train, seed), new.no_bar(), new.no_logging(): new.fit_one_cycle(epochs, lr, cbs=[StepSeeds(seed), noted, *own])
         got = noted.steps,noted.digest.hexdigest()
@@ -428,7 +445,7 @@ def fine_tune_alphas(
         trained[name] = new
     return trained
 
-# %% ../nbs/07b_cam.ipynb #fdc93cce
+# %% ../nbs/07b_cam.ipynb #18c2ce5a
 def _interval(d):
     "Mean, 95 % interval and p of paired differences, one per seed."
     from scipy import stats

@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 
 from fmce_fastai.cam import CamError, cam_entropy, cam_plan, cam_removal, cam_statistics, cam_top_share, compare_cams, fine_tune_alphas, grad_cam, predicted
 from fmce_fastai.taps import hook_count, redraw
-from helpers import RaiseAt, TinyNet, assert_same, rng_state, tensor_dls, tensor_learner, weights
+from helpers import RaiseAt, TinyNet, assert_same, make_learner, rng_state, tensor_dls, tensor_learner, weights
 
 
 def tiny(seed=0):
@@ -138,6 +138,15 @@ def test_an_exception_leaves_nothing(error, capsys):
     handle.remove()
     assert hook_count(net) == 0 and same(before, state(net)) and capsys.readouterr() == ("", "")
 
+def test_other_dtypes():
+    "In bfloat16, and in float64: near to float32, and the tensors are the network's own."
+    net, x, c = tiny(), images(), [0, 3, 1]
+    maps = grad_cam(net, x, c)
+    np.testing.assert_allclose(grad_cam(copy.deepcopy(net).double(), x, c), maps, rtol=1e-4, atol=1e-7)
+    half = copy.deepcopy(net).bfloat16()
+    assert np.corrcoef(grad_cam(half, x, c).ravel(), maps.ravel())[0, 1] > .98
+    np.testing.assert_allclose(cam_removal(half, x, c, maps), cam_removal(net, x, c, maps), atol=.03)
+
 def test_hooks_of_others_stay():
     net, seen = tiny(), []
     net.stage1.register_forward_hook(lambda m, a, out: seen.append(out.shape))
@@ -208,6 +217,15 @@ def test_copies_see_the_same_batches(torch_loaders):
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(learn.dls.train, twin.dls.train))
     assert_same(plain, weights(fine_tune_alphas(learn, (.9,), epochs=1, placebo=0, bar=False)["plain"].model))
 
+def test_batches_that_cannot_be_repeated_are_refused():
+    class Drifts(torch.utils.data.Dataset):
+        calls = 0
+        def __len__(self): return 32
+        def __getitem__(self, i): Drifts.calls += 1; return torch.full((3, 16, 16), Drifts.calls/100), i % 10
+    dls = tensor_dls(n=32)
+    dls.loaders[0] = dls.train.new(dataset=Drifts())
+    with pytest.raises(CamError, match="'alpha 0.90' was trained on other batches than 'plain'"): fine_tune_alphas(make_learner(dls=dls), (.9,), epochs=1, bar=False)
+
 def test_copies_keep_callbacks_but_ral():
     from fmce_fastai.callback import FMCECallback
     learn = tensor_learner(n=32, cbs=[FMCECallback(.5), RaiseAt("after_batch", RuntimeError("planted"), skip=1000)])
@@ -233,6 +251,9 @@ def test_comparison_of_learners():
     assert c.pictures.shape == (5, 32, 32, 3) and 0 <= c.pictures.min() and c.pictures.max() <= 1
     html = c._repr_html_()
     assert html.count("<img alt=") == 1 and "stage1, 8x8 on images of 32x32" in html and "entropy" in repr(c) and len(c.summary()) == 2
+    alone = compare_cams(dict(net=learn.model), c.images, removal=False, rows=[4, 0])
+    assert alone.reference == "net" and alone.frame.label.str.startswith("class ").all() and alone.frame.true.isna().all() and "drop" not in alone.summary() and len(alone.figure.axes) == 2*2 + 1
+    assert list(compare_cams(dict(net=learn.model), (c.images, torch.arange(5)), removal=False).frame.true) == [f"class {i}" for i in range(5)]
     assert nets["other"].training and hook_count(learn.model) == hook_count(nets["other"]) == 0
 
 
