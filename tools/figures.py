@@ -169,9 +169,9 @@ def finer():
     "Grad-CAM across alpha: differences to plain training, paired over seeds."
     import pandas as pd
     from fmce_fastai.cam import cam_statistics
-    measures, head = ("entropy", "top_share", "drop", "drop_least", "accuracy"), ("entropy", "top share", "drop", "drop, least relevant", "test accuracy, points")
-    frame = pd.DataFrame(rows_of("cam"))
-    t = cam_statistics(frame.assign(**{m: frame[m].astype(float) * (100 if m == "accuracy" else 1) for m in measures}), measures=measures).set_index(["name", "measure"])
+    measures, head = ("entropy", "top_share", "drop", "relative", "accuracy"), ("entropy", "top share", "drop", "drop / probability", "test accuracy, points")
+    frame = pd.DataFrame(rows_of("cam")).astype({c: float for c in ("probability", "accuracy", *measures[:3])})
+    t = cam_statistics(frame.assign(relative=frame["drop"] / frame.probability, accuracy=100 * frame.accuracy), measures=measures).set_index(["name", "measure"])
     number = lambda r, f: f"{r.difference:{f}} ({r.low:{f}} to {r.high:{f}})"
     names = [n for n in dict.fromkeys(t.index.get_level_values(0)) if n != "plain"]
     rows = [["slope per 0.1 of alpha" if n == "trend" else n, *(number(t.loc[n, m], "+.1f" if m == "accuracy" else "+.3f") for m in measures)] for n in names]
