@@ -1,5 +1,6 @@
 "Everything a notebook user needs: `from fmce_fastai.all import *`."
 from fmce_fastai.callback import FMCECallback
+from fmce_fastai.cam import CamComparison, CamError, cam_plan, cam_statistics, compare_cams, fine_tune_alphas, grad_cam
 from fmce_fastai.convergence import Convergence, ConvergenceError, ConvergenceWarning, OnlineCQI, convergence
 from fmce_fastai.data import (DataError, array_dls, cifar10_dls, cifar100_dls, data_sets, digits_dls, fashion_mnist_dls,
                               folder_dls, get_dls, mnist_dls)

@@ -34,7 +34,7 @@ def test_pyproject_repeats_settings(settings):
 
 
 def test_requirements_are_lower_bounds(settings):
-    for field in ("requirements", "dev_requirements"):
+    for field in ("requirements", "dev_requirements", "cam_requirements"):
         for requirement in settings[field].split():
             assert ">=" in requirement and "==" not in requirement, requirement
 
@@ -47,3 +47,7 @@ def test_library_code_prints_nothing():
         calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
         found[path.stem] = [ast.unparse(n) for n in calls if ast.unparse(n.func) in ("print", "sys.stdout.write", "sys.stderr.write", "pprint", "display")]
     assert found.pop("cli") and not {k: v for k, v in found.items() if v}
+
+
+def test_what_an_extra_needs_is_tested(settings):
+    assert set(settings["cam_requirements"].split()) <= set(settings["dev_requirements"].split())

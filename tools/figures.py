@@ -166,10 +166,33 @@ def studied(name):
     return table(["arm", "alpha", "rate", "seeds", "test accuracy, %", "difference to plain in points (95 % interval)", "above 0", "p", "role"], rows)
 
 
+def attention():
+    "Grad-CAM across alpha: means over images, then over seeds."
+    import pandas as pd
+    columns = {"accuracy": (100, ".1f"), "probability": (1, ".2f"), "entropy": (1, ".3f"), "top_share": (1, ".3f"), "drop": (1, ".3f"), "drop_least": (1, ".3f"), "blank": (1, ".1f")}
+    of = pd.DataFrame(rows_of("cam")).astype({c: float for c in columns}).groupby("name", sort=False)
+    rows = [[name, *(format(scale * g[c].mean(), form) for c, (scale, form) in columns.items())] for name, g in of]
+    return table(["network", "test accuracy, %", "probability of the class", "entropy", "top share", "drop", "drop, least relevant", "blank maps of 30"], rows)
+
+
+def finer():
+    "Grad-CAM across alpha: differences to plain training, paired over seeds."
+    import pandas as pd
+    from fmce_fastai.cam import cam_statistics
+    measures, head = ("entropy", "top_share", "drop", "relative", "accuracy"), ("entropy", "top share", "drop", "drop / probability", "test accuracy, points")
+    frame = pd.DataFrame(rows_of("cam")).astype({c: float for c in ("probability", "accuracy", *measures[:3])})
+    t = cam_statistics(frame.assign(relative=frame["drop"] / frame.probability, accuracy=100 * frame.accuracy), measures=measures).set_index(["name", "measure"])
+    number = lambda r, f: f"{r.difference:{f}} ({r.low:{f}} to {r.high:{f}})"
+    names = [n for n in dict.fromkeys(t.index.get_level_values(0)) if n != "plain"]
+    rows = [["slope per 0.1 of alpha" if n == "trend" else n, *(number(t.loc[n, m], "+.1f" if m == "accuracy" else "+.3f") for m in measures)] for n in names]
+    return table(["network", *(f"{h} (95 % interval)" for h in head)], rows)
+
+
 STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS / "studies").glob("*/*/table.csv"))]
 
 # Tables on the pages of notebooks: name -> (function, notebook)
 PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain"), "untrained_modules": (untrained_modules, "07_interpret"), "untrained": (untrained, "07_interpret"),
+         "attention": (attention, "07b_cam"), "finer": (finer, "07b_cam"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
 TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures, "gains": gains, "universal": universal, "untrained": untrained, "few_images": partial(studied, "few-images/5-a-class")}
