@@ -156,10 +156,20 @@ def studied(name):
     return table(["arm", "alpha", "rate", "seeds", "test accuracy, %", "difference to plain in points (95 % interval)", "above 0", "p", "role"], rows)
 
 
+def families():
+    "The default taps of the smallest model of every timm family."
+    swept = {r["family"]: r for r in rows_of("timm_sweep") if r["route"] == "vision_learner" and r["checkpointing"] == "off"}
+    rows = []
+    for r in sorted(rows_of("timm_maps"), key=lambda r: r["family"]):
+        taps = [t.split(":") for t in swept[r["family"]]["maps"].split()]
+        rows.append([r["family"], f"`{r['model']}`", swept[r["family"]]["size"], ", ".join(f"`{name}`" for name, _ in taps), taps[-1][1], r["layouts"], r["maps"], f"`{h}`" if (h := swept[r["family"]]["head"]) == "timm_head" else "fastai's"])
+    return table(["family", "smallest model", "pixels", "taps by default", "last map", "layout", "maps", "head"], rows)
+
+
 STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS / "studies").glob("*/*/table.csv"))]
 
 # Tables on the pages of notebooks: name -> (function, notebook)
-PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain"),
+PAGES = {"families": (families, "tutorials/choosing_modules"), "groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
 TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures, "gains": gains, "universal": universal, "untrained": untrained, "few_images": partial(studied, "few-images/5-a-class")}
