@@ -188,11 +188,22 @@ def finer():
     return table(["network", *(f"{h} (95 % interval)" for h in head)], rows)
 
 
+def families():
+    "The default taps of the smallest model of every timm family."
+    swept = {r["family"]: r for r in rows_of("timm_sweep") if r["route"] == "vision_learner" and r["checkpointing"] == "off"}
+    rows = []
+    for r in sorted(rows_of("timm_maps"), key=lambda r: r["family"]):
+        taps = [t.split(":") for t in swept[r["family"]]["maps"].split()]
+        rows.append([r["family"], f"`{r['model']}`", swept[r["family"]]["size"], ", ".join(f"`{name}`" for name, _ in taps), taps[-1][1], r["layouts"], r["maps"], f"`{h}`" if (h := swept[r["family"]]["head"]) == "timm_head" else "fastai's"])
+    return table(["family", "smallest model", "pixels", "taps by default", "last map", "layout", "maps", "head"], rows)
+
+
 STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS / "studies").glob("*/*/table.csv"))]
 
 # Tables on the pages of notebooks: name -> (function, notebook)
 PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain"), "untrained_modules": (untrained_modules, "07_interpret"), "untrained": (untrained, "07_interpret"),
          "attention": (attention, "07b_cam"), "finer": (finer, "07b_cam"),
+         "families": (families, "tutorials/choosing_modules"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
 TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures, "gains": gains, "universal": universal, "untrained": untrained, "few_images": partial(studied, "few-images/5-a-class")}
