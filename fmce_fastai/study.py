@@ -789,10 +789,11 @@ def presets() -> dict: # Name -> {study's name: Study}
             'fashion_mnist-resnet10t':Study(_ALL, (.7, .9), 'ral', 'fashion_mnist', 'data', n_train=2000, n_eval=2000, size=32, arch='resnet10t', stage1_epochs=6, epochs=2, lrs=(1e-3,), seeds=(0, 1, 2))}
     scratch = Study(('plain', 'scaled@0.9', 'lr-scaled@0.9', 'placebo@0.9', 'ral', 'ral-universal', 'label-smoothing', 'mixup', 'ral-universal+label-smoothing@0.5', 'ral-universal+mixup@0.5'), (.5, .9), 'ral', 'fashion_mnist', 'data',
                     n_train=10_000, n_eval=5000, size=32, bs=64, arch='torchvision.shufflenet_v2_x0_5', stage1_epochs=4, stage1_lr=3e-3, epochs=2, lrs=(1e-3, 3e-3), seeds=tuple(range(10)), tune_seeds=(100,), channels_last=True)
-    scratch = {'shufflenet_v2_x0_5':scratch, 'resnet10t':replace(scratch, arch='resnet10t', lrs=(1e-3,))}
+    scratch = {'shufflenet_v2_x0_5':scratch, 'resnet10t':replace(scratch, arms=('plain', 'scaled@0.9', 'placebo@0.9', 'ral', 'ral-universal', 'label-smoothing', 'mixup', 'ral-universal+mixup@0.5'), arch='resnet10t', stage1_epochs=10, lrs=(1e-3,))}  # ten epochs: these runs converge
     # Pretrained weights, few images: forms and rates from `benchmarks/search.py`
     few = Study(('plain', 'scaled@0.97', 'shuffled@0.97', 'keep-maps', 'supcon@0.5', 'label-smoothing', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97', 'ral-memory@0.99', 'ral-universal+mixup@0.97'), primary='ral-memory@0.97',
                 data='fashion_mnist', root='data', n_train=50, n_eval=3000, size=48, bs=25, arch='tf_efficientnet_lite0', weights='efficientnet-lite0', epochs=50, lrs=(3e-3,), body_lr=.3, freeze_norm=True, head='linear', channels_last=True, seeds=tuple(range(10)))
     more = replace(few, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal', 'ral-memory@0.97'), alphas=(.5, .9), n_train=200, epochs=20, size=64)
-    few = {'5-a-class':few, '20-a-class':more, '100-a-class':replace(more, n_train=1000, bs=50, epochs=6)}
+    few = {'5-a-class':few, '20-a-class':more, '100-a-class':replace(more, n_train=1000, bs=50, epochs=6),
+           'lite1-5-a-class':replace(few, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97'), arch='tf_efficientnet_lite1', weights='efficientnet-lite1')}
     return {'digits':{'digits':Study()}, 'paper':paper, 'paper-mini':mini, 'scratch':scratch, 'few-images':few}

@@ -198,6 +198,28 @@ def families():
     return table(["family", "smallest model", "pixels", "taps by default", "last map", "layout", "maps", "head"], rows)
 
 
+MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a class", "few-images/20-a-class": "the same, 20 images a class", "few-images/100-a-class": "the same, 100 images a class", "few-images/lite1-5-a-class": "EfficientNet-Lite1, ImageNet weights, 5 images a class",
+       "scratch/shufflenet_v2_x0_5": "ShuffleNet v2 x0.5, 10,000 images, after 4 epochs of plain training", "scratch/resnet10t": "resnet10t, 10,000 images, after 10 epochs of plain training"}
+COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "MixUp": ("mixup",)}
+
+
+def where_it_helps():
+    "All studies in one table: differences to plain training on the test split."
+    rows = []
+    for name, words in MAP.items():
+        path = BENCHMARKS / "studies" / name / "table.csv"
+        if not path.exists(): continue
+        found = list(DictReader(path.read_text(encoding="utf-8").splitlines()))
+        row = [words, f"{float(found[0]['accuracy']):.1f}"]
+        for arms in COLUMNS.values():
+            own = [r for r in found if r["arm"].split("@")[0] in arms and r["difference"]]
+            role = [r for r in own if r["role"] == "primary"]
+            r = role[0] if role else max(own, key=lambda r: (abs(float(r["alpha"]) - 0.95) < 0.1, -float(r["alpha"])), default=None)  # the lowest alpha from 0.85 on, chosen without a look at the results
+            row.append("" if r is None else f"{float(r['difference']):+.1f} ({float(r['low']):+.1f} to {float(r['high']):+.1f})" + (f", alpha {float(r['alpha']):g}" if float(r["alpha"]) else "") + (" (primary)" if role else ""))
+        rows.append(row)
+    return table(["network and data", "plain, %", *COLUMNS], rows)
+
+
 STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS / "studies").glob("*/*/table.csv"))]
 
 # Tables on the pages of notebooks: name -> (function, notebook)
@@ -206,7 +228,10 @@ PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrai
          "families": (families, "tutorials/choosing_modules"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
-TABLES = {"overhead": overhead, "oracles": oracles, "architectures": architectures, "gains": gains, "universal": universal, "untrained": untrained, "few_images": partial(studied, "few-images/5-a-class")}
+PAGES |= {"gains": (gains, "results"), "universal": (universal, "09_pretrain"), "oracles": (oracles, "04_fit_oracle"), "architectures": (architectures, "01_taps"), "overhead": (overhead, "06_callback"), "where_it_helps": (where_it_helps, "results")}
+
+# And in the README
+TABLES = {"overhead": overhead, "where_it_helps": where_it_helps}
 
 if __name__ == "__main__":
     for name, make in {**TABLES, **{n: m for n, (m, _) in PAGES.items()}}.items(): print(f"{name}\n\n{make()}\n")
