@@ -1,10 +1,11 @@
 # Three commands matter: `make demo` (the three stages on real images), `make test` (every test) and `make docs` (the site).
 # Each makes .venv on first use, or reuses it. PYTHON=python3.12 picks the interpreter,
-# DEMO="--data fashion_mnist --root DIR" passes options to the demo.
+# DEMO="--data fashion_mnist --root DIR" passes options to the demo, WORKERS=8 runs the tests in so many processes.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
 SWEEP ?=
+WORKERS ?= 2
 
 .PHONY: demo test sweep soak export docs tutorials workflows dist clean
 
@@ -14,7 +15,7 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python tools/check_export.py
 	MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 0 --timing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Every timm family, trained for two batches in four settings: under two hours on two cores. It goes on where it was stopped; SWEEP="--families resnet,eva --jobs 1" passes options.
 sweep: .venv/.installed
