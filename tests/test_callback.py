@@ -537,6 +537,14 @@ class Breaker(nn.Module):
             if self.after == 0: raise self.error
         return x
 
+READ, read = [], FeatureTap._read  # weak references to the maps that were read; here, since a hook that is exported must be found by its name
+
+
+def noted(self, tap, module, args, out):
+    read(self, tap, module, args, out)
+    if torch.is_grad_enabled(): READ.append(weakref.ref(out))
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("then", ["fit", "validate", "export", "get_preds", "detach", "callback first"])
 @pytest.mark.parametrize("arch, kind", [(None, "fitted"), ("vit", "universal")])
@@ -546,10 +554,7 @@ def test_an_error_inside_the_networks_forward(error, then, arch, kind, tmp_path)
     else: learn.model.drop = nn.Sequential(learn.model.drop, Breaker(error))
     breaker = learn.model.get_submodule("norm.1" if arch else "drop.1")
     oracle = make_oracle(learn.model) if kind == "fitted" else None
-    maps, read = [], FeatureTap._read
-    def noted(self, tap, module, args, out):
-        read(self, tap, module, args, out)
-        if torch.is_grad_enabled(): maps.append(weakref.ref(out))
+    READ.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureTap, "_read", noted)
         learn.add_cb(FMCECallback(.5, oracle))
@@ -557,7 +562,7 @@ def test_an_error_inside_the_networks_forward(error, then, arch, kind, tmp_path)
     error.__traceback__ = error.__context__ = None  # it would hold the frames, as a notebook does till the next error
     learn.xb, learn.yb, learn.pred, learn.loss, learn.loss_grad = (), (), None, None, None  # what fastai keeps of the step before
     gc.collect()
-    assert maps and not any(m() is not None for m in maps) and not learn.fmce._tap.maps and not learn.fmce._tap._edges  # no map is held
+    assert READ and not any(m() is not None for m in READ) and not learn.fmce._tap.maps and not learn.fmce._tap._edges  # no map is held
     left = hook_count(learn.model)
     assert left == 0 if isinstance(error, RuntimeError) else left == len(learn.fmce._tap.plan) + 2
     breaker.error = None
