@@ -10,6 +10,7 @@ __all__ = ['MODES', 'snapshot_steps', 'undisturbed', 'DatasetError', 'FMCSDatase
 # %% ../nbs/03_recorder.ipynb #9c98ea7c
 import html
 import json
+import os
 import shutil
 import tempfile
 import weakref
@@ -126,6 +127,7 @@ class FMCSDataset:
                 if lacking := [c for c in columns if c not in frame]: raise ValueError(f"{file} has no column {', '.join(lacking)}")
                 for c in columns: frame[c] = frame[c].astype(float)
             self._check_numbers()
+            self._check_whole()
         except FileNotFoundError as e: raise DatasetError(f"{self.path} is not a finished FMCS data set: {Path(e.filename).name} is missing. Record one with FMCSRecorder; after a broken-off fit call its finish().") from e
         except (KeyError, TypeError, ValueError, EOFError, OverflowError, RecursionError, AttributeError, OSError) as e: raise DatasetError(f"{self.path} is damaged: {e!r}. Record it anew with FMCSRecorder.") from e
         missing = [f.name for i in range(len(self)) for f in map(self._file, self.plan.names, [i]*len(self.plan)) if not f.is_file()]
@@ -144,6 +146,15 @@ class FMCSDataset:
         steps = self.snapshots.step
         if not (np.isfinite(steps) & (steps == steps.round()) & (steps >= 0) & (steps <= len(self.steps))).all() or not steps.is_monotonic_increasing: raise ValueError("snapshots.csv has impossible steps")
         self.snapshots['step'] = steps.astype(int)
+
+    def _check_whole(self):
+        "Raise `ValueError` for tables that were cut: a row less would pass for a shorter run. Sets recorded before rows were counted are taken as they are."
+        for file,frame in (('steps.csv', self.steps), ('snapshots.csv', self.snapshots)):
+            with open(self.path/file, 'rb') as f:
+                f.seek(-1, 2)
+                if f.read() != b'\n': raise ValueError(f"{file} ends within a row")
+            rows = self.card.get('rows', {}).get(file, len(frame))
+            if len(frame) != rows: raise ValueError(f"{file} has {len(frame)} rows of {rows}")
 
     def __len__(self): return len(self.snapshots)
     def _file(self, name, i): return self.path/'maps'/f'{name}.{i:03d}.npy'
@@ -185,8 +196,11 @@ class FMCSDataset:
         return self
 
     def _write_tables(self):
-        self.snapshots.to_csv(self.path/'snapshots.csv', index=False)
-        (self.path/'card.json').write_text(json.dumps(self.card, indent=1), encoding='utf-8')
+        self.card['rows'] = {'steps.csv':len(self.steps), 'snapshots.csv':len(self.snapshots)}
+        for file,text in (('snapshots.csv', self.snapshots.to_csv(index=False, lineterminator='\n')), ('card.json', json.dumps(self.card, indent=1))):
+            part = self.path/f'{file}.part'  # whole or not at all, also when killed
+            part.write_text(text, encoding='utf-8')
+            os.replace(part, self.path/file)
 
     def _repr_html_(self):
         run,fmcs = self.card['run'],self.fmcs

@@ -1,0 +1,246 @@
+"Hostile input: odd maps, odd networks and broken files. Each is trained through, left plain and counted, or refused in words."
+import io
+import json
+import struct
+import tracemalloc
+import zipfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from torch import nn
+
+from fmce_fastai.callback import FMCECallback
+from fmce_fastai.oracle import FMCENet, OracleFileError
+from fmce_fastai.recorder import DatasetError
+from fmce_fastai.study import Study, StudyError, read_rows, run_study
+from fmce_fastai.taps import FeatureTap, TapError, tap_plan
+from helpers import TinyNet, assert_same, make_model, make_oracle, seed_all, tensor_learner, weights
+from soak import all_of, data_set
+
+KINDS = ["fitted", "universal"]
+
+
+class Aside(TinyNet):
+    "A network whose map, made by `odd`, nothing else depends on: whatever it is, the task loss is not touched."
+    def __init__(self, odd): super().__init__(); self.odd = odd
+    def forward(self, x):
+        f = self.stage2(self.stage1(self.stem(x)))
+        self.odd(f)
+        return self.head(self.drop(f.mean((2, 3))))
+
+
+class Spoil(nn.Module):
+    "Gives `change(map)` in training, the map itself else."
+    def __init__(self, change): super().__init__(); self.change = change
+    def forward(self, x): return self.change(x) if self.training else x
+
+
+def trained(model, kind, *cbs, taps="odd", callback=True, size=16):
+    "A learner after one epoch of four steps, with the callback on one tap or without it."
+    learn = tensor_learner(size=size)
+    learn.model = model
+    learn.create_opt()
+    learn.logger = lambda *_: None
+    if callback: learn.add_cb(FMCECallback(.5, make_oracle(model, taps=[taps]) if kind == "fitted" else None, **({} if kind == "fitted" else dict(taps=[taps]))))
+    seed_all()
+    with learn.no_bar(): learn.fit(1, cbs=cbs)
+    return learn
+
+def history(learn): return learn.fmce.history.iloc[-1]
+
+def row_of(value):
+    "A change that puts `value` into the first image's map."
+    def change(x):
+        first = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool)
+        first[0] = True
+        return torch.where(first, x.new_tensor(value), x)
+    return change
+
+def plain(make): return weights(trained(make(), None, callback=False).model)
+
+def make_aside(change):
+    seed_all()
+    return Aside(Spoil(change))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_maps_that_are_not_finite_are_not_scored(kind, value):
+    learn = trained(make_aside(row_of(value)), kind)
+    assert history(learn).acted == 4 and 0 < history(learn).fmcs < 1
+    assert all(w.isfinite().all() for w in learn.model.state_dict().values())
+    make = lambda: make_aside(lambda x: x + value)  # every image
+    with pytest.warns(UserWarning, match="RAL acted in no step of this fit: 4 steps not_valid"): learn = trained(make(), kind)
+    assert_same(weights(learn.model), plain(make))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constant_maps(kind):
+    make = lambda: make_aside(lambda x: x*0 + 1)
+    if kind == "fitted":
+        learn = trained(make(), kind)
+        assert history(learn).acted == 4 and all(w.isfinite().all() for w in learn.model.state_dict().values())
+        return
+    with pytest.warns(UserWarning, match="4 steps not_valid"): learn = trained(make(), kind)
+    assert_same(weights(learn.model), plain(make))
+
+
+class Sizes(Callback):
+    "Images of another size every other step."
+    order = -5
+    def before_batch(self):
+        if self.training and self.iter % 2: self.learn.xb = (F.interpolate(self.xb[0], size=24),)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_of_changing_size(kind):
+    learn = trained(make_model(), kind, Sizes(), taps="stage1")
+    assert history(learn).acted == 4
+
+
+class Twice(TinyNet):
+    "Calls `mix` twice; `again` is another name of it."
+    def __init__(self): super().__init__(); self.mix = self.again = nn.Conv2d(16, 16, 1)
+    def forward(self, x):
+        self.first = self.mix(self.stage2(self.stage1(self.stem(x))))
+        self.second = self.again(self.first)
+        return self.head(self.drop(self.second.mean((2, 3))))
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_called_twice_or_shared(kind):
+    seed_all()
+    model = Twice()
+    tap = FeatureTap(tap_plan(model, ["mix"], size=16))
+    with tap.on(model): model(torch.randn(2, 3, 16, 16))
+    (seen,) = tap.take().values()
+    assert torch.equal(seen, model.second) and not torch.equal(seen, model.first)
+    model.first = model.second = None
+    assert history(trained(model, kind, taps="mix")).acted == 4
+
+
+class EvalOnly(TinyNet):
+    "Has a module that training goes around."
+    def __init__(self): super().__init__(); self.odd = nn.Conv2d(16, 16, 1)
+    def forward(self, x):
+        f = self.stage2(self.stage1(self.stem(x)))
+        return self.head(self.drop((f if self.training else self.odd(f)).mean((2, 3))))
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_never_called_in_training(kind):
+    with pytest.raises(TapError, match="odd"): trained(EvalOnly(), kind)
+
+
+class Gives(nn.Module):
+    "A map among other things."
+    def __init__(self, form): super().__init__(); self.conv, self.form = nn.Conv2d(16, 16, 1), form
+    def forward(self, x): return self.form(self.conv(x))
+
+class TakesFirst(TinyNet):
+    def __init__(self, form, take): super().__init__(); self.odd, self.take = Gives(form), take
+    def forward(self, x): return self.head(self.drop(self.take(self.odd(self.stage2(self.stage1(self.stem(x))))).mean((2, 3))))
+
+FORMS = {"tuple": (lambda f: (f, f.mean((2, 3))), lambda o: o[0]), "dict": (lambda f: dict(map=f, size=f.shape[-1]), lambda o: o["map"]), "nested": (lambda f: dict(levels=[None, (f,)]), lambda o: o["levels"][1][0])}
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_tuples_and_dicts(kind, form):
+    seed_all()
+    assert history(trained(TakesFirst(*FORMS[form]), kind)).acted == 4
+
+
+class Empty(Callback):
+    "No image at all in one step."
+    order = -5
+    def __init__(self, at): self.at = at
+    def before_batch(self):
+        if self.training and self.iter == self.at: self.learn.xb, self.learn.yb = (self.xb[0][:0],), (self.yb[0][:0],)
+
+def without_norm():
+    "Batch norm itself refuses an empty batch."
+    model = make_model()
+    for stage in (model.stem, model.stage1, model.stage2): stage[1] = nn.Identity()
+    return model
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batches(kind):
+    learn = trained(without_norm(), kind, Empty(2), taps="stage1")
+    assert (history(learn).steps, history(learn).acted, history(learn).not_valid) == (4, 3, 1)
+    if kind == "universal":
+        with pytest.raises(TapError, match=r"stage1 gives \(0, 12, 4, 4\)"): trained(without_norm(), kind, Empty(0), taps="stage1")
+
+
+# Files -----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def oracles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oracles")
+    make_oracle(make_model()).save(folder/"fitted.safetensors")
+    FMCENet.universal().save(folder/"universal.safetensors")
+    return folder
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracles_cut_at_every_percent(kind, oracles, tmp_path):
+    data = (oracles/f"{kind}.safetensors").read_bytes()
+    for percent in range(100):
+        (tmp_path/"cut.safetensors").write_bytes(data[:len(data)*percent//100])
+        with pytest.raises(OracleFileError): FMCENet.load(tmp_path/"cut.safetensors")
+
+
+def cut_everywhere(files, read, error):
+    "Each of `files` at every 1 % of its length; what is still whole but for its last line break may be read."
+    for f in files:
+        data = f.read_bytes()
+        for percent in range(100):
+            f.write_bytes(data[:len(data)*percent//100])
+            with pytest.raises(error): read()
+        f.write_bytes(data)
+    read()
+
+@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run does not converge
+def test_data_sets_and_studies_cut_at_every_percent(tmp_path):
+    data_set(tmp_path/"maps")
+    cut_everywhere([p for p in (tmp_path/"maps").rglob("*") if p.is_file()], lambda: all_of(tmp_path/"maps"), DatasetError)
+    run_study(Study(("plain", "scaled"), primary="scaled", n_train=64, n_eval=50, size=16, bs=32, epochs=1, seeds=(0, 1)), tmp_path/"study", bar=False)
+    def read():
+        Study.load(tmp_path/"study")
+        assert len(read_rows(tmp_path/"study")) == 4
+    cut_everywhere([tmp_path/"study"/"study.json", *(tmp_path/"study"/"runs").glob("*.json")], read, StudyError)
+
+
+def header_of(tensors, meta): return json.dumps({"__metadata__": meta, **tensors}).encode()
+
+def test_oracles_that_promise_terabytes(oracles, tmp_path):
+    whole = (oracles/"fitted.safetensors").read_bytes()
+    n = struct.unpack("<Q", whole[:8])[0]
+    header, body = json.loads(whole[8:8+n]), whole[8+n:]
+    name = next(k for k in header if k != "__metadata__")
+    def with_header(**changed):
+        text = json.dumps({**header, **changed}).encode()
+        return struct.pack("<Q", len(text)) + text + body
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("archive/data.pkl", bytes(200_000_000))
+    card = json.loads(header["__metadata__"]["fmce_card"])
+    files = {"a header of terabytes": struct.pack("<Q", 2**42) + whole[8:], "a header of 2**63": struct.pack("<Q", 2**63) + whole[8:], "a tensor of terabytes": with_header(**{name: dict(dtype="F32", shape=[10**6, 10**6], data_offsets=[0, 4*10**12])}),
+             "a shape without its bytes": with_header(**{name: dict(header[name], shape=[10**12])}), "a zip bomb": bomb.getvalue(),
+             "a card of terabytes": with_header(__metadata__=dict(fmce_card=json.dumps({**card, **{k: 10**12 for k, v in card.items() if type(v) is int}})))}
+    path = tmp_path/"oracle.safetensors"
+    for what, data in files.items():
+        path.write_bytes(data)
+        tracemalloc.start()
+        try:
+            with pytest.raises(OracleFileError): FMCENet.load(path)
+            assert tracemalloc.get_traced_memory()[1] < len(data)*4 + 20e6, what
+        finally: tracemalloc.stop()
+    with open(path, "wb") as f: f.truncate(2**42)  # a sparse file: terabytes that take no room
+    with pytest.raises(OracleFileError, match="GB"): FMCENet.load(path)
+
+
+def test_a_link_to_an_oracle_is_read_and_checked(oracles, tmp_path):
+    link = tmp_path/"link.safetensors"
+    link.symlink_to(oracles/"fitted.safetensors")
+    assert_same(weights(FMCENet.load(link)), weights(FMCENet.load(oracles/"fitted.safetensors")))
+    for target in (tmp_path/"gone", "/dev/zero", tmp_path):  # nothing, what never ends, a folder
+        link.unlink()
+        link.symlink_to(target)
+        with pytest.raises(OracleFileError): FMCENet.load(link)
