@@ -78,6 +78,7 @@ def sizes(learn):
     learn.dls = tensor_dls(size=24)
     learn.fit(1, 1e-2)
 def compiled(learn):
+    torch._dynamo.reset()  # what was compiled for another learner of this class is used again, without hooks: see `test_a_network_that_was_compiled_before_is_told_and_helped`
     learn.model = torch.compile(learn.model, backend="eager")
     learn.fit(1, 1e-2)
 def checkpointed(learn):
