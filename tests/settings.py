@@ -189,6 +189,7 @@ OTHERS = [
     ("`fine_tune` of a `vision_learner`, body frozen then not", "works in both fits: norm layers train on in the frozen body, so its maps carry gradient", ALL, "test_settings.py::test_fine_tuning_freezes_the_body_and_trains_it_then"),
     ("a frozen body without trainable norm layers (`train_bn=False`)", "steps stay plain, and a warning says so", "CNN; fitted", "test_callback.py::test_a_frozen_body_is_told"),
     ("a network that `torch.compile` compiled in an earlier call", "refused: `TapError`, \"No feature map arrived ... call torch._dynamo.reset()\"", "CNN; fitted, universal", "test_settings.py::test_a_network_that_was_compiled_before_is_told_and_helped"),
+    ("`GradientAccumulation`: the gradient", "the exact mean of its batches' gradients", ALL, "test_callback.py::test_an_accumulated_gradient_is_the_exact_mean_of_its_batches"),
     ("Ctrl-C, exceptions, `Cancel...Exception` in any event", "no hook is left, random state and modes are as without the callback; columns and helper go with the next fit, `validate` or `detach()`, and the next fit is right", ALL, "test_callback.py::test_nothing_is_left_however_a_fit_ends"),
     ("an exception inside `model.forward`", "no hook is left", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
     ("Ctrl-C inside `model.forward`", "at most one set of hooks, which holds no tensor, acts no more and goes with the next fit, `validate`, `detach()` or `learn.export`; no exported file has it", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
@@ -220,7 +221,7 @@ OTHERS = [
     ("all three, broken at random", "their own errors", "", "test_soak.py::test_broken_files_are_refused"),
     ("many steps with callback and recorder", "memory stays flat (`make soak` does 2,000 and prints the figures)", "CNN; fitted, universal", "test_memory.py::test_memory_is_flat"),
     ("maps and graphs of earlier steps", "are gone", "CNN; universal", "test_memory.py::test_no_map_of_an_earlier_step_is_alive"),
-    ("a deleted learner", "goes with network and callbacks", "CNN; universal", "test_memory.py::test_learner_callback_and_network_are_collected"),
+    ("a deleted learner", "goes with network, callbacks and oracle", ALL, "test_memory.py::test_learner_callback_and_network_are_collected"),
 ]
 
 def table():

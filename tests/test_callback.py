@@ -180,6 +180,23 @@ def test_gradient_accumulation_divides_ral_like_the_task_loss(first):
     for n, g in total.items(): torch.testing.assert_close(learn.probe.grads[0][n], g, rtol=2e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("arch", [None, "vit"])
+@pytest.mark.parametrize("kind", ["fitted", "universal"])
+def test_an_accumulated_gradient_is_the_exact_mean_of_its_batches(arch, kind):
+    "At rate 0, where the weights stand still: the same batches, one step each."
+    def grads(*cbs):
+        probe, learn = Probe(), silent(make_learner(arch))
+        learn.add_cbs([probe, FMCECallback(.9, make_oracle(learn.model) if kind == "fitted" else None), *cbs])
+        seed_all()
+        learn.fit(1, 0., wd=0.)
+        assert (learn.fmce.history.acted == 4).all()
+        return probe.grads
+    each, both = grads(), grads(GradientAccumulation(32))
+    assert (len(each), len(both)) == (4, 2)
+    for i in (0, 1):
+        for n, g in both[i].items(): torch.testing.assert_close(g, (each[2*i][n] + each[2*i+1][n])/2, rtol=1e-4, atol=1e-7)
+
+
 # ---- alpha 0 and everything that is no training ---------------------------------------------------------------------
 
 def outcome(learn):

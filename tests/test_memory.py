@@ -75,14 +75,17 @@ def test_no_map_of_an_earlier_step_is_alive(memory, tmp_path):
     with learn.no_bar(): learn.fit(2)
     assert len(look.alive) == 7 and not any(look.alive)
 
-def test_learner_callback_and_network_are_collected(tmp_path):
-    learn = tensor_learner(path=tmp_path, metrics=[], cbs=[FMCECallback(.5), FMCSRecorder(n_images=16, n_snapshots=3)])
+@pytest.mark.parametrize("arch", [None, "vit"])
+@pytest.mark.parametrize("oracle, memory", [("fitted", 0), ("universal", 0), ("universal", 32)])
+def test_learner_callback_and_network_are_collected(arch, oracle, memory, tmp_path):
+    learn = tensor_learner(arch, path=tmp_path, metrics=[], cbs=FMCSRecorder(n_images=16, n_snapshots=3))
+    learn.add_cb(FMCECallback(.5, make_oracle(learn.model) if oracle == "fitted" else None, memory=memory))
     learn.logger = lambda *_: None
     with learn.no_bar(): learn.fit(1)
-    dead = [weakref.ref(o) for o in (learn, learn.fmce, learn.model)]
+    dead = [weakref.ref(o) for o in (learn, learn.fmce, learn.model, learn.fmcs_recorder, learn.fmce.oracle)]
     del learn
     gc.collect()
-    assert [d() for d in dead] == [None]*3
+    assert [d() for d in dead] == [None]*5
 
 if __name__ == "__main__":
     import tempfile
