@@ -13,7 +13,7 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=(here / "README.md").read_text(encoding="utf-8").replace("](nbs/images/", f"](https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/main/nbs/images/"),  # PyPI has no files beside the page
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
