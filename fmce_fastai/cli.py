@@ -64,7 +64,7 @@ def _writing(path):
     except (OSError, RuntimeError) as e:  # PyTorch says RuntimeError where the disk is full
         full = isinstance(e, RuntimeError) or e.errno in _FULL
         raise CommandError(f"could not write {path}: " + ("the disk is full, or a file may not grow further. Free some space" if full else f"{e.strerror or e}. Make the folder writable")
-                           + ", then go on; or choose another --out.") from e
+                           + ", then go on; or choose another place.") from e
     finally:
         with suppress(OSError): part.unlink(missing_ok=True)
 

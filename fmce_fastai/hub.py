@@ -74,7 +74,7 @@ def _measured(card):
     rows = card_scores(card)
     if rows: return "On images held out from the fitting. MAE: mean absolute error over images and snapshots; rho: rank correlation of the snapshots' mean score with the label; mode: the network's, when the maps were recorded.\n\n" + _table(rows)
     if card.get('scores'): return f"```json\n{json.dumps(card['scores'], indent=1)}\n```"
-    if card.get('kind') == 'universal': return (f"The card of this oracle holds no measured figures. Those of the universal oracle that ships with fmce_fastai, on networks, images and tasks that it was not trained on, are on [the package's page]({_DOCS}); "
+    if card.get('kind') == 'universal': return (f"The card of this oracle holds no measured figures. Those of the universal oracle that ships with fmce_fastai, on networks, images and tasks that it was not trained on, are on [the package's page]({_DOCS}/pretrain.html); "
         "whether this is that oracle, the sum below says: compare it with `FMCENet.universal().card['sha256']`.")
     return "The card of this oracle holds no measured figures: judge it with `judge_oracle` on a recorded run before you rely on it."
 

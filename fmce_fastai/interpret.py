@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
@@ -217,17 +218,21 @@ def fmce_report(
     """FMCS of every tapped module, in eval mode, of a network as it is. Nothing is trained; weights, modes, buffers and random state are as before.
 
     `learnt` is the control: FMCS of a module's map minus that of the same map after the entries of the stage's own weight tensors were shuffled, both with batch statistics. A stage whose score is below `HIGH` and does not fall by more than `LEAST_LEARNT` looks untrained, or is of no use for these classes.
-    Raises `ValueError` without images or with too few, `TapError` for a network that cannot be read."""
+    Images without targets are scored without class labels. Raises `TypeError` for what is no Learner, network or loader, `ValueError` without images or with too few, `TapError` for a network that cannot be read."""
     is_model = isinstance(learn_or_model, torch.nn.Module)
+    if not is_model and not isinstance(getattr(learn_or_model, 'model', None), torch.nn.Module):
+        raise TypeError(f"learn_or_model is a {type(learn_or_model).__name__}; give a Learner or a torch network, e.g. timm.create_model('resnet18').")
     model = unwrap(learn_or_model if is_model else learn_or_model.model)
     if dl is None:
         if is_model: raise ValueError("A network alone has no images; give fmce_report a DataLoader, `dl=`.")
         dl = learn_or_model.dls.valid
+    if isinstance(dl, DataLoaders): dl = dl.valid
+    if not hasattr(dl, 'dataset'): raise TypeError(f"dl is a {type(dl).__name__}; give a fastai or torch DataLoader, whose data set can be read by index.")
     oracle = FMCENet.universal() if oracle is None else oracle
     n = min(n_images, len(dl.dataset))
     if n < getattr(oracle, 'min_batch', 1): raise ValueError(f"{n} images are too few for a score; give at least {oracle.min_batch}.")
     items = np.sort(np.random.default_rng(seed).permutation(len(dl.dataset))[:n])
-    batches = _read_batches(dl, items, getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 64, 1)
+    batches = _read_batches(dl, items, getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 64, 1, need_targets=False)
     targets = class_labels([y for _,y in batches]) if labels else None
     device,xs = next(model.parameters()).device,[x for x,_ in batches]
     with undisturbed(model):
@@ -273,7 +278,8 @@ def _learnt(model, stages, ask, seeds, bar):
     for m in model.modules():
         if isinstance(m, _BatchNorm): m.train()  # statistics of these maps: those of the intact network would ruin the shuffled one
     params,found,intact = dict(model.named_parameters()),np.full(len(stages), np.nan),ask()
-    for j in progress_bar([j for j,names in enumerate(stages) if names], display=bar, leave=False):
+    todo = [j for j,names in enumerate(stages) if names]
+    for j in progress_bar(todo, leave=False) if bar else todo:
         shuffled = []
         for s in seeds:
             with _shuffled([params[n] for n in stages[j]], s): shuffled.append(_mean(ask()[:,j]))
@@ -286,7 +292,7 @@ def _mean(s): return float(np.nanmean(s)) if np.isfinite(s).any() else np.nan
 
 def _notes(table, n, targets):
     "What a reader should know, in words."
-    notes = [f"{r.module} looks untrained, or of no use for these classes: with its weights shuffled its maps score {'as high' if r.learnt <= 0 else f'only {r.learnt:.2f} lower'}." for r in table[_looks_untrained(table)].itertuples()]
+    notes = [f"{r.module} looks untrained, or of no use for these classes: with its weights shuffled its maps score {'as high' if r.learnt < .005 else f'only {r.learnt:.2f} lower'}." for r in table[_looks_untrained(table)].itertuples()]
     notes += [f"{r.module}: {n - r.images} of {n} images have no score (maps that are constant or not finite, or no image of the same class)." for r in table.itertuples() if r.images < n]
     return notes + (["Scored without class labels: such scores say little, read them with care."] if targets is None else [])
 
@@ -308,5 +314,5 @@ def class_labels(
     ys:list, # The targets of each batch
 ) -> torch.Tensor|None: # (N,)
     "The targets, if they are one class label per image, else None."
-    found = [class_targets((y,)) for y in ys]
+    found = [None if y is None else class_targets((y,)) for y in ys]
     return None if any(y is None for y in found) else torch.cat([y.cpu() for y in found])

@@ -58,16 +58,17 @@ def _as_split(dataset, split_idx):
             t.tfms.split_idx = tfm_idx
             if 'split_idx' in t.__dict__: t.split_idx = own
 
-def _read_batches(dl, idxs, bs, split_idx):
-    "Batches (x, y) of the items `idxs` of `dl`'s data set, in that order, through a loader of their own."
+def _read_batches(dl, idxs, bs, split_idx, need_targets=True):
+    "Batches (x, y) of the items `idxs` of `dl`'s data set, in that order, through a loader of their own; without targets y is None."
     if isinstance(dl, FastaiDataLoader):
         cls = TfmdDL if isinstance(dl, TfmdDL) else FastaiDataLoader
         own = dl.new(cls=cls, bs=bs, shuffle=False, drop_last=False, num_workers=0, n=len(idxs), get_idxs=lambda: list(idxs))
         with _as_split(dl.dataset, split_idx): batches = list(own)
     else: batches = [dl.collate_fn([dl.dataset[int(i)] for i in idxs[j:j+bs]]) for j in range(0, len(idxs), bs)]
+    if not need_targets: batches = [(b, None) if isinstance(b, torch.Tensor) else (b[0], None) if isinstance(b, (tuple, list)) and len(b) == 1 else b for b in batches]
     for b in batches:
         if not isinstance(b, (tuple, list)) or len(b) != 2: raise ValueError(
-            f"The data loader gives {len(b) if isinstance(b, (tuple, list)) else 'no'} parts per batch; the recorder reads (images, targets).")
+            f"The data loader gives {len(b) if isinstance(b, (tuple, list)) else 'no'} parts per batch; what is read here is (images, targets)" + (" or images alone." if not need_targets else "."))
     return [(_plain(x), y) for x,y in batches]
 
 def _plain(x): return x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x

@@ -1028,11 +1028,16 @@ def stage_params(
     model:nn.Module, # The network that the plan was made for
     plan:TapPlan, # Its tap plan
 ) -> list: # For each tap the names of its stage's parameters, as `named_parameters` of the unwrapped network has them
-    "Which parameters lie between one tap and the next: those after the tap before it, up to its own. A stage without any has an empty list."
+    "Which parameters lie between one tap and the next: those after the tap before it, up to its own, or, for a tap without parameters (an activation, pooling), up to where it is registered. A first tap without parameters of its own has an empty list."
     root,(prefix,_) = unwrap(model),find_backbone(model)
     names,ends = [n for n,_ in root.named_parameters()],[]
+    modules = [n for n,_ in root.named_modules()]
     for t in plan:
         own = [i for i,n in enumerate(names) if n.startswith((f'{prefix}.{t.module}.', f'{t.module}.'))]
+        if not own and ends:
+            path = next((p for p in (f'{prefix}.{t.module}', t.module) if p in modules), None)
+            before = set(modules[:modules.index(path)]) if path else set()
+            own = [i for i,n in enumerate(names) if n.rpartition('.')[0] in before]
         ends.append(max(own) + 1 if own else (ends[-1] if ends else 0))
     ends = np.maximum.accumulate(ends)
     return [names[a:b] for a,b in zip([0, *ends], ends)]

@@ -39,12 +39,20 @@ def front_matter(nb):
     return yaml.safe_load(parts[1]) if len(parts) > 2 else {}
 
 
+def without_warnings(text):
+    "A processed notebook without what its cells wrote to stderr: warnings name folders of this machine."
+    nb = json.loads(text)
+    for cell in nb["cells"]:
+        if "outputs" in cell: cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    return json.dumps(nb, indent=1, ensure_ascii=False)
+
+
 def staged(proc, stage):
     "A copy of `proc` in which `06_callback.ipynb` is `callback.ipynb`, as nbdev tells Quarto through `output-file`, which smalldocs does not read. Returns the new name of each page's source."
     names = {}
     for path in sorted(p for p in proc.rglob("*") if p.is_file() and "_docs" not in p.parts):
         rel = path.relative_to(proc)
-        text = path.read_text(encoding="utf-8") if path.suffix == ".ipynb" else ""
+        text = without_warnings(path.read_text(encoding="utf-8")) if path.suffix == ".ipynb" else ""
         name = front_matter(json.loads(text)).get("output-file") if text else None
         new = rel.with_name(Path(name).stem + path.suffix) if name else rel
         names[rel.as_posix()] = new.as_posix()
@@ -76,7 +84,8 @@ def with_smalldocs(proc, site):
         stage = Path(tmp) / "nbs"
         hidden = configured(stage, staged(proc, stage))
         if hidden: sys.exit(f"No menu in nbs/_quarto.yml shows {', '.join(hidden)}.")
-        for name in ("CHANGELOG.md", "CONTRIBUTING.md"): shutil.copy2(ROOT / name, tmp)  # the pages include them
+        for name in ("CHANGELOG.md", "CONTRIBUTING.md"):  # the pages include them, under a title of their own
+            (Path(tmp) / name).write_text((ROOT / name).read_text(encoding="utf-8").split("\n", 1)[1], encoding="utf-8")
         run = subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", str(stage), "--strict"], capture_output=True, text=True)
         if run.returncode: sys.exit(f"smalldocs:\n{run.stdout}{run.stderr}")
         shutil.rmtree(site, ignore_errors=True)
@@ -122,10 +131,18 @@ def wide(text):
     return text.replace("</table>", "</table></div>")
 
 
+def named(page, text):
+    "Names as readers know them: the function `fmce_report`, not the shell command of that name; no addresses in signatures."
+    if page.name != "cli.html": text = text.replace('cli.html#fmce_report"', 'interpret.html#fmce_report"')
+    tags = r"(?:<[^>]*>|\s|&lt;|&gt;)*"  # the words of a signature stand in tags that colour them
+    text = re.sub(rf"function{tags}store_true{tags}at{tags}0x[0-9a-f]+", "bool", text)
+    return re.sub(r'__main__(\.|<span class="op">\.</span>)', "", text)
+
+
 def mended(site):
     "Mend every page of `site` in place."
     for page in sorted(site.rglob("*.html")):
-        text = page.read_text(encoding="utf-8")
+        text = named(page, page.read_text(encoding="utf-8"))
         text = KATEX.sub("", FORMULA.sub(mathml, text))
         page.write_text(wide(localised(page, site, text)), encoding="utf-8")
     for css in (site / "site_libs").rglob("*.css"):

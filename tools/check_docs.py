@@ -76,7 +76,10 @@ LOOK = r"""(() => {
   }
   for (const c of main.querySelectorAll('pre')) { const m = c.innerText.match(/^#\|.*$/m); if (m) wrong.push(`an nbdev directive in a code cell: ${m[0]}`); }
   if (main.innerText.trim().length < 200) wrong.push(`an empty page: ${main.innerText.trim().length} characters`);
-  if (!document.querySelector('h1')) wrong.push('no title');
+  if (document.querySelectorAll('h1').length != 1) wrong.push(`${document.querySelectorAll('h1').length} titles`);
+  for (const re of [/\bat 0x[0-9a-f]{6,}/, /\S*\/site-packages\/\S*/, /__main__\.\w+/]) { const m = main.innerText.match(re); if (m) wrong.push(`what only this machine knows: ${m[0]}`); }
+  { const m = all.match(/\b[A-Z]{4,}(_[A-Z]{2,})+\b/); if (m) wrong.push(`a placeholder: ${m[0]}`); }
+  for (const c of main.querySelectorAll('pre')) if (W >= 1000 && c.querySelector('code.sourceCode') && c.scrollWidth > c.clientWidth + 1) wrong.push(`code that is cut: ${c.innerText.slice(0, 60)}`);
   for (const i of document.images) if (i.complete && !i.naturalWidth) wrong.push(`an image that is not there: ${i.src.slice(0, 80)}`);
   const inBox = e => { for (let p = e.parentElement; p && p !== document.body; p = p.parentElement) if (getComputedStyle(p).overflowX !== 'visible') return true; };
   if (document.documentElement.scrollWidth > window.innerWidth) {

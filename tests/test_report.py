@@ -1,0 +1,53 @@
+"`fmce_report`: any network, any images, nothing printed; what it cannot take is refused in words."
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.vision.data import ImageDataLoaders, get_image_files
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fmce_fastai.interpret import fmce_report
+from fmce_fastai.taps import stage_params, tap_plan
+from helpers import make_learner, make_model, seed_all, tensor_dls
+
+
+def activations_last():
+    "Its taps are activations: no weights of their own."
+    seed_all()
+    conv = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
+    return nn.Sequential(*conv(3, 8), *conv(8, 12), *conv(12, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+def test_stages_whose_taps_have_no_weights_have_a_control():
+    model = activations_last()
+    plan = tap_plan(model, ["2", "5", "8"], size=16)
+    assert stage_params(model, plan) == [[], ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias"], ["6.weight", "6.bias", "7.weight", "7.bias"]]
+    report = fmce_report(model, tensor_dls(), taps=["2", "5", "8"], bar=False)
+    assert report.table.learnt.isna().tolist() == [True, False, False]
+    assert [n.split()[0] for n in report.notes if "looks untrained" in n] == report.table.module[report.untrained].tolist()
+
+def test_images_without_labels():
+    x = torch.randn(24, 3, 16, 16)
+    for data in (TensorDataset(x), list(x)):
+        report = fmce_report(make_model(), DataLoader(data, batch_size=8), bar=False)
+        assert report.classes is None and report.table.images.tolist() == [24]*len(report.table) and "without class labels" in report.notes[-1]
+
+def test_files_without_labels(tmp_path):
+    from PIL import Image
+    for i in range(20): Image.new("RGB", (16, 16), (12*i, 100, 0)).save(tmp_path/f"{i:02}.png")
+    files = get_image_files(tmp_path)
+    dls = ImageDataLoaders.from_lists(tmp_path, files, [str(i % 2) for i in range(20)], bs=8, num_workers=0, seed=0)
+    report = fmce_report(make_model(), dls.test_dl(files), bar=False)
+    assert report.scores.shape[0] == 20 and report.classes is None
+
+def test_loaders_of_both_splits_mean_the_validation_images():
+    model, dls = make_model(), tensor_dls(n_valid=24)
+    assert isinstance(dls, DataLoaders)
+    assert fmce_report(model, dls, bar=False).table.equals(fmce_report(model, dls.valid, bar=False).table)
+
+@pytest.mark.parametrize("args, words", [(("resnet18", None), "learn_or_model is a str; give a Learner or a torch network"), ((None, "images"), "dl is a str; give a fastai or torch DataLoader")])
+def test_other_things_are_refused(args, words):
+    with pytest.raises(TypeError, match=words): fmce_report(args[0] or make_model(), args[1], bar=False)
+
+def test_nothing_is_printed(capsys):
+    fmce_report(make_learner(), bar=False)
+    assert capsys.readouterr() == ("", "")
