@@ -219,8 +219,8 @@ OTHERS = [
     ("study folders that are damaged, also links in them", "`StudyError`", "", "test_study.py::test_a_damaged_result_is_named"),
     ("all three, broken at random", "their own errors", "", "test_soak.py::test_broken_files_are_refused"),
     ("many steps with callback and recorder", "memory stays flat (`make soak` does 2,000 and prints the figures)", "CNN; fitted, universal", "test_memory.py::test_memory_is_flat"),
-    ("maps and graphs of earlier steps", "are gone", "CNN; universal", "test_memory.py::test_no_map_of_an_earlier_step_is_alive"),
-    ("a deleted learner", "goes with network and callbacks", "CNN; universal", "test_memory.py::test_learner_callback_and_network_are_collected"),
+    ("maps and graphs of earlier steps", "are gone", ALL, "test_memory.py::test_no_map_of_an_earlier_step_is_alive"),
+    ("a deleted learner, also after Ctrl-C", "goes with network, callbacks, oracle and what `memory` kept; the recorder's temporary folder goes with its data set", ALL, "test_memory.py::test_learner_callbacks_oracle_and_network_are_collected"),
 ]
 
 def table():
