@@ -16,7 +16,7 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 from torch import nn
 
 from fmce_fastai.callback import FMCECallback
-from helpers import assert_same, tensor_dls, weights
+from helpers import assert_same, make_model, tensor_dls, weights
 
 
 # Callbacks that people write themselves ----------------------------------------------------------------------------
@@ -77,6 +77,8 @@ def sizes(learn):
     learn.fit(1, 1e-2)
     learn.dls = tensor_dls(size=24)
     learn.fit(1, 1e-2)
+def any_size(learn):
+    if hasattr(learn.model, "patch_embed"): learn.model = make_model("vit", dynamic_img_size=True)
 def compiled(learn):
     torch._dynamo.reset()  # what was compiled for another learner of this class is used again, without hooks: see `test_a_network_that_was_compiled_before_is_told_and_helped`
     learn.model = torch.compile(learn.model, backend="eager")
@@ -153,7 +155,7 @@ SETTINGS = {
     "`ChannelsLast`": Setting(lambda p: [ChannelsLast()], check=channels_last),
     "`GradientAccumulation`": Setting(lambda p: [GradientAccumulation(32)], note="RAL is divided like the task loss", check=two_batches_a_step),
     "`GradientClip`": Setting(lambda p: [GradientClip(.1)], note="the gradient of RAL is clipped", check=clipped),
-    "`torch.compile`d model": Setting(fit=compiled, nets=("cnn",), note="modules inside are found"),
+    "`torch.compile`d model": Setting(fit=compiled, note="modules inside are found"),
     "activation checkpointing (timm)": Setting(fit=checkpointed, nets=("vit",)),
     # Other tasks
     **{name: task(*t, result={"fitted": "acts", "universal": "watches"}, note="no class labels: the universal oracle watches unless `when` says otherwise") for name, t in TASKS.items()},
@@ -173,7 +175,7 @@ SETTINGS = {
     # Ways of training
     "`fine_tune`": Setting(fit=fine_tune, check=two_fits),
     "`fit(start_epoch=)`": Setting(fit=lambda l: l.fit(2, 1e-2, start_epoch=1), check=second_epoch),
-    "images of another size in the next fit": Setting(fit=sizes, nets=("cnn",), check=two_fits),
+    "images of another size in the next fit": Setting(before=any_size, fit=sizes, check=two_fits),
     "a short last batch": Setting(learner=dict(n=72), check=five_steps),
     "a last batch of fewer than 8 images": Setting(learner=dict(n=68), oracles=("universal",), result="partly", note="the universal oracle scores batches of 8 or more; that step is plain, and counted as `not_valid`"),
     "batch size 1": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("fitted",)),
@@ -185,15 +187,16 @@ ALL = "CNN, ViT; fitted, universal"
 OTHERS = [
     ("`alpha=0`", "weights, losses and random state are those of a learner without the callback, bit for bit", ALL, "test_callback.py::test_alpha_0_changes_no_bit"),
     ("`validate`, `get_preds`, `tta`, `predict`, `show_results`, `lr_find`", "the same outputs and random state, bit for bit; `validate()` returns as many values as before", ALL, "test_callback.py::test_validation_prediction_and_lr_find_are_untouched"),
-    ("`ClassificationInterpretation`", "the same top losses and confusion matrix", "CNN, ViT; universal, recorder", "test_settings.py::test_interpretation_is_untouched"),
+    ("`ClassificationInterpretation`", "the same top losses, confusion matrix and pictures, and nothing else changed", "CNN, ViT; fitted, universal, recorder", "test_settings.py::test_interpretation_is_untouched"),
     ("`fine_tune` of a `vision_learner`, body frozen then not", "works in both fits: norm layers train on in the frozen body, so its maps carry gradient", ALL, "test_settings.py::test_fine_tuning_freezes_the_body_and_trains_it_then"),
     ("a frozen body without trainable norm layers (`train_bn=False`)", "steps stay plain, and a warning says so", "CNN; fitted", "test_callback.py::test_a_frozen_body_is_told"),
-    ("a network that `torch.compile` compiled in an earlier call", "refused: `TapError`, \"No feature map arrived ... call torch._dynamo.reset()\"", "CNN; fitted, universal", "test_settings.py::test_a_network_that_was_compiled_before_is_told_and_helped"),
+    ("a network, or a stage of it, that `torch.compile` compiled in an earlier call", "refused: `TapError`, \"No feature map arrived ... call torch._dynamo.reset()\"", "CNN; fitted, universal", "test_settings.py::test_a_network_that_was_compiled_before_is_told_and_helped"),
     ("Ctrl-C, exceptions, `Cancel...Exception` in any event", "no hook is left, random state and modes are as without the callback; columns and helper go with the next fit, `validate` or `detach()`, and the next fit is right", ALL, "test_callback.py::test_nothing_is_left_however_a_fit_ends"),
+    ("Ctrl-C at any line of callback, recorder, tap or oracle", "what is left goes with the next fit, `validate`, `detach()`, and the next fit is right", ALL, "test_callback.py::test_ctrl_c_at_any_line_of_ours"),
     ("an exception inside `model.forward`", "no hook is left", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
     ("Ctrl-C inside `model.forward`", "at most one set of hooks, which holds no tensor, acts no more and goes with the next fit, `validate`, `detach()` or `learn.export`; no exported file has it", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
     ("`learn.save`, `learn.load`", "know nothing of the callback; training goes on", ALL, "test_callback.py::test_save_and_load"),
-    ("`learn.export`, `load_learner`", "without oracle, hooks or maps, under 100 kB more; predicts", "CNN; fitted, universal", "test_callback.py::test_export_holds_no_oracle_and_no_hook"),
+    ("`learn.export`, `load_learner`", "without oracle, hooks or maps, under 100 kB more; predicts; with the callbacks taken away before, without a name of this package", ALL, "test_callback.py::test_export_holds_no_oracle_and_no_hook"),
     ("two processes (`accelerate launch`, `distrib_ctx`)", "the weights of one process with the whole batch (fitted oracle), of the mean of its two halves (universal, also with `memory`)", "CNN; fitted, universal", "test_distributed.py::test_both_processes_end_with_the_weights_of_one"),
     ("two processes: `history` and the table of the fit", "scores are means over the processes; steps are a process's own", "CNN; fitted, universal", "test_distributed.py::test_logged_scores_are_means_over_the_processes"),
     ("two processes: `FMCSRecorder`", "one data set, written by the first; its losses are those of the whole batch", "CNN; recorder", "test_distributed.py::test_one_data_set_is_recorded_by_both"),

@@ -637,7 +637,7 @@ def interrupted(arch, kind, at):
 @pytest.mark.parametrize("arch, kind", [(None, None), (None, "universal"), ("vit", None), ("vit", "universal")])
 def test_ctrl_c_at_any_line_of_ours(arch, kind):
     "At 20 lines of the thousands that callback, recorder, tap and oracle execute in a fit, evenly spread: after it the next fit is whole, and nothing is left."
-    learn, ctrl_c = interrupted(arch, kind, -1)
+    for _ in range(2): learn, ctrl_c = interrupted(arch, kind, -1)  # the first fit of a process executes more
     assert ctrl_c.lines > 1000
     for at in np.linspace(1, ctrl_c.lines, 20).round().astype(int):
         learn, ctrl_c = interrupted(arch, kind, at)
