@@ -186,6 +186,7 @@ SETTINGS = {
 ALL = "CNN, ViT; fitted, universal"
 OTHERS = [
     ("`alpha=0`", "weights, losses and random state are those of a learner without the callback, bit for bit", ALL, "test_callback.py::test_alpha_0_changes_no_bit"),
+    ("a `FeatureTap` in a training loop of one's own", "outputs, weights, modes and random state are those without it, bit for bit", "CNN, ViT", "test_taps.py::test_a_read_network_trains_to_the_same_bit"),
     ("`validate`, `get_preds`, `tta`, `predict`, `show_results`, `lr_find`", "the same outputs and random state, bit for bit; `validate()` returns as many values as before", ALL, "test_callback.py::test_validation_prediction_and_lr_find_are_untouched"),
     ("`ClassificationInterpretation`", "the same top losses, confusion matrix and pictures, and nothing else changed", "CNN, ViT; fitted, universal, recorder", "test_settings.py::test_interpretation_is_untouched"),
     ("`fine_tune` of a `vision_learner`, body frozen then not", "works in both fits: norm layers train on in the frozen body, so its maps carry gradient", ALL, "test_settings.py::test_fine_tuning_freezes_the_body_and_trains_it_then"),
@@ -197,9 +198,9 @@ OTHERS = [
     ("Ctrl-C inside `model.forward`", "at most one set of hooks, which holds no tensor, acts no more and goes with the next fit, `validate`, `detach()` or `learn.export`; no exported file has it", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
     ("`learn.save`, `learn.load`", "know nothing of the callback; training goes on", ALL, "test_callback.py::test_save_and_load"),
     ("`learn.export`, `load_learner`", "without oracle, hooks or maps, under 100 kB more; predicts; with the callbacks taken away before, without a name of this package", ALL, "test_callback.py::test_export_holds_no_oracle_and_no_hook"),
-    ("two processes (`accelerate launch`, `distrib_ctx`)", "the weights of one process with the whole batch (fitted oracle), of the mean of its two halves (universal, also with `memory`)", "CNN; fitted, universal", "test_distributed.py::test_both_processes_end_with_the_weights_of_one"),
-    ("two processes: `history` and the table of the fit", "scores are means over the processes; steps are a process's own", "CNN; fitted, universal", "test_distributed.py::test_logged_scores_are_means_over_the_processes"),
-    ("two processes: `FMCSRecorder`", "one data set, written by the first; its losses are those of the whole batch", "CNN; recorder", "test_distributed.py::test_one_data_set_is_recorded_by_both"),
+    ("two processes (`accelerate launch`, `distrib_ctx`)", "the weights of one process with the whole batch (fitted oracle), of the mean of its two halves (universal, also with `memory`)", ALL, "test_distributed.py::test_both_processes_end_with_the_weights_of_one"),
+    ("two processes: `history` and the table of the fit", "scores are means over the processes; steps are a process's own", ALL, "test_distributed.py::test_logged_scores_are_means_over_the_processes"),
+    ("two processes: `FMCSRecorder`", "one data set, written by the first; its losses are those of the whole batch", "CNN, ViT; recorder", "test_distributed.py::test_one_data_set_is_recorded_by_both"),
     ("two processes: the recorder's folder exists, or its disk is full", "the first raises its error, the other `RankError` with the same words; none waits", "CNN; recorder", "test_distributed.py::test_what_goes_wrong_in_one_process_reaches_the_other_in_words"),
     ("`SyncBatchNorm`", "by structure: taps are found after the conversion; its numbers **need a GPU and are untested**", "CNN", "test_distributed.py::test_sync_batch_norm_keeps_the_taps"),
     ("`to_fp16()` with loss scaling on a GPU", "**needs a GPU and is untested**; its CPU twin is the first row", "CNN; fitted, universal", "test_settings.py::test_cuda_mixed_precision"),
@@ -211,6 +212,7 @@ OTHERS = [
     ("modules that give tuples or dicts", "works", "CNN; fitted, universal", "test_hostile.py::test_tuples_and_dicts"),
     ("empty batches", "stay plain, counted as `not_valid`; as the first batch refused by the universal oracle's probe", "CNN; fitted, universal", "test_hostile.py::test_empty_batches"),
     ("a loss that is not finite", "stays as it is", "CNN; fitted", "test_callback.py::test_a_loss_that_is_not_finite_stays_as_it_is"),
+    ("`FMCSRecorder` on all of these", "writes what is there (what float16 cannot hold as its largest value); the fit is not a bit another; a module that training goes around is refused by name", "CNN; recorder", "test_hostile.py::test_the_recorder_writes_what_is_there"),
     ("a module that gives no map", "refused by name", "", "test_taps.py::test_a_module_that_gives_no_map"),
     ("oracle files with flipped bits", "`OracleFileError`", "fitted", "test_oracle.py::test_flipped_bits"),
     ("oracle files that are cut, at every 1 % of their length", "`OracleFileError`", "fitted, universal", "test_hostile.py::test_oracles_cut_at_every_percent"),

@@ -636,10 +636,10 @@ def interrupted(arch, kind, at):
 
 @pytest.mark.parametrize("arch, kind", [(None, None), (None, "universal"), ("vit", None), ("vit", "universal")])
 def test_ctrl_c_at_any_line_of_ours(arch, kind):
-    "At 20 lines of the thousands that callback, recorder, tap and oracle execute in a fit, evenly spread: after it the next fit is whole, and nothing is left."
+    "At 12 lines of the thousands that callback, recorder, tap and oracle execute in a fit, evenly spread: after it the next fit is whole, and nothing is left."
     for _ in range(2): learn, ctrl_c = interrupted(arch, kind, -1)  # the first fit of a process executes more
     assert ctrl_c.lines > 1000
-    for at in np.linspace(1, ctrl_c.lines, 20).round().astype(int):
+    for at in np.linspace(1, ctrl_c.lines, 12).round().astype(int):
         learn, ctrl_c = interrupted(arch, kind, at)
         assert ctrl_c.where is not None
         assert hook_count(learn.model) in (0, *range(len(learn.fmce._tap.plan) + 3 if learn.fmce._tap is not None and learn.fmce._tap.plan is not None else 0)), ctrl_c.where

@@ -22,7 +22,7 @@ from torch import nn
 import fmce_fastai.oracle as oracle_module
 from fmce_fastai.callback import FMCECallback
 from fmce_fastai.oracle import FMCENet, OracleFileError
-from fmce_fastai.recorder import DatasetError, FMCSDataset
+from fmce_fastai.recorder import DatasetError, FMCSRecorder
 from fmce_fastai.study import Study, StudyError, read_rows, run_study
 from fmce_fastai.taps import FeatureTap, TapError, tap_plan
 from helpers import TinyNet, assert_same, make_model, make_oracle, seed_all, tensor_learner, weights
@@ -177,6 +177,41 @@ def test_empty_batches(kind):
     assert (history(learn).steps, history(learn).acted, history(learn).not_valid) == (4, 3, 1)
     if kind == "universal":
         with pytest.raises(TapError, match=r"stage1 gives \(0, 12, 4, 4\)"): trained(without_norm(), kind, Empty(0), taps="stage1")
+
+
+def recorded_by(make, *cbs, taps="odd"):
+    "What the recorder wrote of a fit of four steps; the fit itself is that of a learner without it."
+    after = []
+    for rec in ([], [FMCSRecorder(n_images=16, n_snapshots=3, taps=[taps])]):
+        learn = tensor_learner(metrics=[])
+        learn.model = make()
+        learn.create_opt()
+        learn.logger = lambda *_: None
+        seed_all()
+        with learn.no_bar(): learn.fit(1, cbs=[*cbs, *rec])
+        after.append(weights(learn.model))
+    assert_same(*after)
+    return rec[0].dataset
+
+@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run does not converge
+@pytest.mark.parametrize("case", ["nan", "inf", "constant", "sizes", "twice", "tuple", "dict", "nested", "empty"])
+def test_the_recorder_writes_what_is_there(case):
+    if case in ("nan", "inf"): ds = recorded_by(lambda: make_aside(row_of(float(case))))
+    elif case == "constant": ds = recorded_by(lambda: make_aside(lambda x: x*0 + 1))
+    elif case == "sizes": ds = recorded_by(make_model, Sizes(), taps="stage1")
+    elif case == "twice": ds = recorded_by(lambda: seed_all() or Twice(), taps="mix")
+    elif case == "empty": ds = recorded_by(without_norm, Empty(0), taps="stage1")
+    else: ds = recorded_by(lambda: seed_all() or TakesFirst(*FORMS[case]))
+    (name,) = ds.plan.names
+    ev, tr = (np.stack([ds.maps(name, i)[m] for i in range(len(ds))]) for m in (0, 1))
+    assert len(ds.steps) == 4 and np.isfinite(ev).all()
+    if case == "nan": assert np.isnan(tr[:, 0]).all() and np.isfinite(tr[:, 1:]).all()
+    elif case == "inf": assert (tr[:, 0] == np.finfo(np.float16).max).all() and np.isfinite(tr).all()
+    elif case == "constant": assert (tr == 1).all()
+    else: assert np.isfinite(tr).all() and tr.std() > 0
+
+def test_the_recorder_names_a_module_that_training_goes_around():
+    with pytest.raises(TapError, match="No map arrived from odd in training mode"): recorded_by(EvalOnly)
 
 
 # Files -----------------------------------------------------------------------------------------------------------------
