@@ -133,7 +133,7 @@ class FMCECallback(Callback):
     def after_loss(self):
         if self._tap is None: return
         edges,maps = self._tap.edges(),self._tap.take()
-        if not maps: self._none_arrived()
+        if missing := [n for n in self._tap.plan.names if n not in maps]: self._not_arrived(missing)
         self._targets = mixed_targets(self.learn) if self.target_mode == 'auto' else None
         alpha = self._effective_alpha()
         norms = GradientNorms()
@@ -273,10 +273,9 @@ class FMCECallback(Callback):
         if not bool(torch.isfinite(total.detach()).all()): return 'not_finite'
         self.learn.loss_grad = total
 
-    def _none_arrived(self):
-        missing = ', '.join(self._tap.plan.names)
-        raise TapError(f"No feature map arrived from {missing} in a training step. A network that torch.compile compiled in an earlier call (validate, get_preds, a fit) fires no hooks: "
-                       "call torch._dynamo.reset() before this fit, or compile only modules inside the taps.")
+    def _not_arrived(self, missing):
+        raise TapError(f"No feature map arrived from {', '.join(missing)} in a training step. A network, or a part of it, that torch.compile compiled in an earlier call (validate, get_preds, a fit) fires no hooks: "
+                       "call torch._dynamo.reset() before this fit, or compile only modules inside the taps. Nor can a module be tapped that the network does not call in every step.")
 
     def _close_epoch(self, whole=False):
         "Means of the epoch that ended, as rows of `history`: over all processes, but of one that was cut short this process's own, since the others may be elsewhere."

@@ -482,7 +482,7 @@ def _read_file(path):
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, MemoryError) as e:
         raise bad(f"it is not a safetensors file, or it is damaged ({e})") from e
     try: card = json.loads(meta[_CARD_KEY])
-    except (KeyError, ValueError) as e: raise bad("it is a safetensors file, but carries no oracle's card") from e
+    except (KeyError, ValueError, RecursionError) as e: raise bad("it is a safetensors file, but carries no oracle's card") from e
     if not isinstance(card, dict) or card.get('format') != _FORMAT:
         raise bad(f"its card has format {card.get('format') if isinstance(card, dict) else card!r}, this version of fmce_fastai reads {_FORMAT}")
     if card.get('card_sha256') != _card_sha256(card): raise bad("its card was changed after it was written")
@@ -503,7 +503,7 @@ def _load(cls,
         if want != {k:v.shape for k,v in tensors.items()}: raise ValueError(f"{len(want)} tensors of other names or shapes are needed, {len(tensors)} are there")
         with torch.random.fork_rng(devices=[]): oracle = kind._from_spec(card)  # loading draws no random number
         oracle.load_state_dict(tensors, strict=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e: raise bad(f"its card does not fit its tensors ({e})") from e
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as e: raise bad(f"its card does not fit its tensors ({e})") from e
     oracle.card = card
     return oracle.freeze().to(device or 'cpu')
 

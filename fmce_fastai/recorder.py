@@ -28,7 +28,7 @@ from fastai.torch_core import no_random
 
 from . import __version__
 from .convergence import convergence
-from .taps import FeatureTap, TapError, TapPlan, is_main, mean_over_ranks, pool_map, pooled_grid, tap_plan, together, unwrap
+from .taps import MAX_GRID, FeatureTap, TapError, TapPlan, is_main, mean_over_ranks, pool_map, pooled_grid, tap_plan, together, unwrap
 
 # %% ../nbs/03_recorder.ipynb #368ef564
 def snapshot_steps(
@@ -97,9 +97,13 @@ class DatasetError(ValueError):
 MODES = ('eval', 'train')
 
 # %% ../nbs/03_recorder.ipynb #3bf09654
+_MAX_BYTES = {'card.json':2**26, 'steps.csv':2**30, 'snapshots.csv':2**26, 'targets.npy':2**32}  # no run comes near it; a file is not read to learn that it is none of ours
+
 def _own(path):
-    "`path`, if it is no link: a data set holds its own files."
+    "`path`, if it is a file of the data set's own: no link, no pipe or device, and not of a size that no recorder writes."
     if path.is_symlink(): raise ValueError(f"{path.name} is a link; a data set holds its own files")
+    if path.exists() and not path.is_file(): raise ValueError(f"{path.name} is no file")
+    if path.exists() and path.stat().st_size > (most := _MAX_BYTES.get(path.name, float('inf'))): raise ValueError(f"{path.name} has {path.stat().st_size/1e9:.1f} GB, and at most {most/1e9:.1f} are read")
     return path
 
 def _load_array(path):
@@ -107,7 +111,9 @@ def _load_array(path):
     try: array = np.load(path, mmap_mode='r', allow_pickle=False)
     except OSError: raise
     except Exception as e: raise ValueError(f"{Path(path).name} is no array ({type(e).__name__}: {e})") from e  # NumPy lets through what its parser of headers raises
-    if isinstance(array, np.ndarray): return array
+    if isinstance(array, np.ndarray):
+        if (size := Path(path).stat().st_size) != array.offset + array.nbytes: raise ValueError(f"{Path(path).name} has {size} bytes, and its array {array.nbytes}")
+        return array
     array.close()  # an archive of arrays
     raise ValueError(f"{Path(path).name} is an archive, not an array: it is no array that a recorder writes")
 
@@ -119,7 +125,8 @@ class FMCSDataset:
     ):
         self.path,self._keep = Path(path),_keep
         try:
-            for f in ('card.json', 'steps.csv', 'snapshots.csv', 'targets.npy'): _own(self.path/f)
+            for f in _MAX_BYTES: _own(self.path/f)
+            if (self.path/'maps').is_symlink(): raise ValueError("maps is a link; a data set holds its own files")
             self.card = json.loads((self.path/'card.json').read_text(encoding='utf-8'))
             self.plan = TapPlan.from_dict(self.card['plan'])
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
@@ -142,6 +149,7 @@ class FMCSDataset:
         if outside := [n for n in self.plan.names if Path(n).name != n or '\\' in n]: raise ValueError(f"{outside[0]!r} is no name of a tap: it leads out of the folder")
         if not isinstance(self.card['run'], dict): raise ValueError(f"run is {self.card['run']!r}")
         if not len(self.steps) or not len(self.snapshots): raise ValueError("a table is empty")
+        if self.targets.dtype.kind not in 'biuf': raise ValueError(f"targets.npy holds {self.targets.dtype}, no numbers")
         if self.targets.ndim < 1 or len(self.targets) != self.card['n_images']: raise ValueError(f"{self.targets.shape} targets for {self.card['n_images']} images")
         if np.isinf(self.steps.lr).any(): raise ValueError("steps.csv has an infinite learning rate")
         steps = self.snapshots.step
@@ -178,7 +186,7 @@ class FMCSDataset:
         except (OSError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
         want = (2, self.n_images, self.plan.channels[name])
         if maps.dtype != np.float16: raise DatasetError(f"{self._file(name, i)} holds {maps.dtype}, not float16. Record the data set anew with FMCSRecorder.")
-        if maps.shape[:3] != want or maps.ndim != 5: raise DatasetError(f"{self._file(name, i)} has shape {maps.shape}, not {want} and a grid. Record the data set anew with FMCSRecorder.")
+        if maps.shape[:3] != want or maps.ndim != 5 or max(maps.shape[3:]) > MAX_GRID: raise DatasetError(f"{self._file(name, i)} has shape {maps.shape}, not {want} and a grid of at most {MAX_GRID}x{MAX_GRID}. Record the data set anew with FMCSRecorder.")
         return maps
 
     def convergence(self, **kwargs):

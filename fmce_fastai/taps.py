@@ -21,6 +21,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -215,10 +216,17 @@ class TapPlan:
     def from_dict(cls,
         d:dict, # What `to_dict` gave
     ):
-        "A plan from `to_dict()`'s values."
+        "A plan from `to_dict()`'s values. Raises `ValueError` or `TypeError` for what is none: the values may come from a file."
         tuples = ('grid', 'element', 'order')
-        taps = [Tap(**{k:tuple(v) if k in tuples else v for k,v in t.items()}) for t in d['taps']]
-        return cls(**{**d, 'taps':taps, 'probe':tuple(d['probe'])})
+        taps = [Tap(**{k:tuple(v) if k in tuples else v for k,v in dict(t).items()}) for t in d['taps']]
+        plan = cls(**{**d, 'taps':taps, 'probe':tuple(d['probe'])})
+        count = lambda *vs: all(isinstance(v, Integral) and v >= 0 for v in vs)
+        fits = all(isinstance(s, str) for s in (plan.arch, plan.source, plan.note)) and len(plan.probe) in (0, 4) and count(*plan.probe)
+        for t in taps:
+            fits &= isinstance(t.name, str) and isinstance(t.hook, str) and t.layout in LAYOUTS and isinstance(t.depth, Real) and all(isinstance(e, (str, Integral)) for e in t.element)
+            fits &= len(t.grid) == 2 and min(t.grid) > 0 and count(*t.grid, *t.order, t.channels, t.prefix)
+        if not fits: raise ValueError(f"no tap plan holds such values: {d}"[:200])
+        return plan
 
     def frame(self):
         "As a `DataFrame`, one row per tap."

@@ -22,7 +22,7 @@ from fmce_fastai.losses import fmcs_loss
 from fmce_fastai.oracle import FMCENet, Scores
 from fmce_fastai.recorder import FMCSRecorder
 from fmce_fastai.taps import FeatureTap, hook_count, pool_map, tap_plan
-from helpers import TinyNet, make_oracle, seed_all
+from helpers import TinyNet, make_model, make_oracle, seed_all
 
 warnings.filterwarnings("ignore")
 N, BS, EPOCHS, MEMORY = 64, 16, 2, 24  # of one process
@@ -52,7 +52,7 @@ class Halves(Callback):
             total = total + ((1-self.alpha)*task + self.alpha*aux)/2
         self.learn.loss_grad = total
 
-def learner(mode):
+def learner(mode, vit=False):
     seed_all(0)
     x, y = torch.randn(N, 3, 16, 16), torch.arange(N) % 4
     size, order = BS, list(range(N))
@@ -62,8 +62,8 @@ def learner(mode):
     items = list(zip(x[order], y[order]))
     dls = DataLoaders(TfmdDL(items, bs=size, shuffle=False, num_workers=0), TfmdDL(items, bs=size, num_workers=0), device="cpu")
     seed_all(1)
-    model = TinyNet(dropout=0.)
-    for stage, c in ((model.stem, 8), (model.stage1, 12), (model.stage2, 16)): stage[1] = torch.nn.GroupNorm(4, c)  # no batch statistics
+    model = make_model("vit") if vit else TinyNet(dropout=0.)
+    for stage, c in () if vit else ((model.stem, 8), (model.stage1, 12), (model.stage2, 16)): stage[1] = torch.nn.GroupNorm(4, c)  # no batch statistics
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.1)
 
 def fit(learn):
@@ -74,7 +74,8 @@ def fit(learn):
 
 def compared(folder, kind, mode):
     "A fit with callback and recorder; weights, history and the table of the fit."
-    learn, recorder = learner(mode), FMCSRecorder(n_images=32, n_snapshots=6, path=folder/"maps")
+    vit, kind = kind.startswith("vit"), kind.removeprefix("vit ")
+    learn, recorder = learner(mode, vit), FMCSRecorder(n_images=32, n_snapshots=6, path=folder/"maps")
     oracle, memory = make_oracle(learn.model) if kind == "fitted" else FMCENet.universal(), MEMORY if kind == "memory" else 0
     by_hand = mode == "one" and kind != "fitted"
     learn.add_cbs([recorder, Halves(.7, oracle, tap_plan(learn.model, size=16), memory) if by_hand else FMCECallback(.7, oracle, when=0., memory=memory)])
@@ -105,7 +106,7 @@ def failing(folder, what):
 
 def main(folder, mode):
     DistributedDL._broadcast = on_cpu
-    for kind in ("fitted", "universal", "memory"): compared(Path(folder)/kind, kind, mode)
+    for kind in ("fitted", "universal", "memory", "vit fitted", "vit universal"): compared(Path(folder)/kind, kind, mode)
     if mode == "two":
         for what in ("the folder exists", "the disk is full", "the disk is full at the end"): failing(Path(folder)/what, what)
 

@@ -16,7 +16,7 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 from torch import nn
 
 from fmce_fastai.callback import FMCECallback
-from helpers import assert_same, tensor_dls, weights
+from helpers import assert_same, make_model, tensor_dls, weights
 
 
 # Callbacks that people write themselves ----------------------------------------------------------------------------
@@ -77,6 +77,8 @@ def sizes(learn):
     learn.fit(1, 1e-2)
     learn.dls = tensor_dls(size=24)
     learn.fit(1, 1e-2)
+def any_size(learn):
+    if hasattr(learn.model, "patch_embed"): learn.model = make_model("vit", dynamic_img_size=True)
 def compiled(learn):
     torch._dynamo.reset()  # what was compiled for another learner of this class is used again, without hooks: see `test_a_network_that_was_compiled_before_is_told_and_helped`
     learn.model = torch.compile(learn.model, backend="eager")
@@ -153,7 +155,7 @@ SETTINGS = {
     "`ChannelsLast`": Setting(lambda p: [ChannelsLast()], check=channels_last),
     "`GradientAccumulation`": Setting(lambda p: [GradientAccumulation(32)], note="RAL is divided like the task loss", check=two_batches_a_step),
     "`GradientClip`": Setting(lambda p: [GradientClip(.1)], note="the gradient of RAL is clipped", check=clipped),
-    "`torch.compile`d model": Setting(fit=compiled, nets=("cnn",), note="modules inside are found"),
+    "`torch.compile`d model": Setting(fit=compiled, note="modules inside are found"),
     "activation checkpointing (timm)": Setting(fit=checkpointed, nets=("vit",)),
     # Other tasks
     **{name: task(*t, result={"fitted": "acts", "universal": "watches"}, note="no class labels: the universal oracle watches unless `when` says otherwise") for name, t in TASKS.items()},
@@ -173,7 +175,7 @@ SETTINGS = {
     # Ways of training
     "`fine_tune`": Setting(fit=fine_tune, check=two_fits),
     "`fit(start_epoch=)`": Setting(fit=lambda l: l.fit(2, 1e-2, start_epoch=1), check=second_epoch),
-    "images of another size in the next fit": Setting(fit=sizes, nets=("cnn",), check=two_fits),
+    "images of another size in the next fit": Setting(before=any_size, fit=sizes, check=two_fits),
     "a short last batch": Setting(learner=dict(n=72), check=five_steps),
     "a last batch of fewer than 8 images": Setting(learner=dict(n=68), oracles=("universal",), result="partly", note="the universal oracle scores batches of 8 or more; that step is plain, and counted as `not_valid`"),
     "batch size 1": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("fitted",)),
@@ -184,20 +186,22 @@ SETTINGS = {
 ALL = "CNN, ViT; fitted, universal"
 OTHERS = [
     ("`alpha=0`", "weights, losses and random state are those of a learner without the callback, bit for bit", ALL, "test_callback.py::test_alpha_0_changes_no_bit"),
+    ("a `FeatureTap` in a training loop of one's own", "outputs, weights, modes and random state are those without it, bit for bit", "CNN, ViT", "test_taps.py::test_a_read_network_trains_to_the_same_bit"),
     ("`validate`, `get_preds`, `tta`, `predict`, `show_results`, `lr_find`", "the same outputs and random state, bit for bit; `validate()` returns as many values as before", ALL, "test_callback.py::test_validation_prediction_and_lr_find_are_untouched"),
-    ("`ClassificationInterpretation`", "the same top losses and confusion matrix", "CNN, ViT; universal, recorder", "test_settings.py::test_interpretation_is_untouched"),
+    ("`ClassificationInterpretation`", "the same top losses, confusion matrix and pictures, and nothing else changed", "CNN, ViT; fitted, universal, recorder", "test_settings.py::test_interpretation_is_untouched"),
     ("`fine_tune` of a `vision_learner`, body frozen then not", "works in both fits: norm layers train on in the frozen body, so its maps carry gradient", ALL, "test_settings.py::test_fine_tuning_freezes_the_body_and_trains_it_then"),
     ("a frozen body without trainable norm layers (`train_bn=False`)", "steps stay plain, and a warning says so", "CNN; fitted", "test_callback.py::test_a_frozen_body_is_told"),
-    ("a network that `torch.compile` compiled in an earlier call", "refused: `TapError`, \"No feature map arrived ... call torch._dynamo.reset()\"", "CNN; fitted, universal", "test_settings.py::test_a_network_that_was_compiled_before_is_told_and_helped"),
-    ("`GradientAccumulation`: the gradient", "the exact mean of its batches' gradients", ALL, "test_callback.py::test_an_accumulated_gradient_is_the_exact_mean_of_its_batches"),
+    ("a network, or a stage of it, that `torch.compile` compiled in an earlier call", "refused: `TapError`, \"No feature map arrived ... call torch._dynamo.reset()\"", "CNN; fitted, universal", "test_settings.py::test_a_network_that_was_compiled_before_is_told_and_helped"),
+    ("`GradientAccumulation`: the gradient", "the exact mean of its batches' gradients", ALL, "test_callback.py::test_gradient_accumulation_divides_ral_like_the_task_loss"),
     ("Ctrl-C, exceptions, `Cancel...Exception` in any event", "no hook is left, random state and modes are as without the callback; columns and helper go with the next fit, `validate` or `detach()`, and the next fit is right", ALL, "test_callback.py::test_nothing_is_left_however_a_fit_ends"),
+    ("Ctrl-C at any line of callback, recorder, tap or oracle", "what is left goes with the next fit, `validate`, `detach()`, and the next fit is right", ALL, "test_callback.py::test_ctrl_c_at_any_line_of_ours"),
     ("an exception inside `model.forward`", "no hook is left", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
     ("Ctrl-C inside `model.forward`", "at most one set of hooks, which holds no tensor, acts no more and goes with the next fit, `validate`, `detach()` or `learn.export`; no exported file has it", ALL, "test_callback.py::test_an_error_inside_the_networks_forward"),
     ("`learn.save`, `learn.load`", "know nothing of the callback; training goes on", ALL, "test_callback.py::test_save_and_load"),
-    ("`learn.export`, `load_learner`", "without oracle, hooks or maps, under 100 kB more; predicts", "CNN; fitted, universal", "test_callback.py::test_export_holds_no_oracle_and_no_hook"),
-    ("two processes (`accelerate launch`, `distrib_ctx`)", "the weights of one process with the whole batch (fitted oracle), of the mean of its two halves (universal, also with `memory`)", "CNN; fitted, universal", "test_distributed.py::test_both_processes_end_with_the_weights_of_one"),
-    ("two processes: `history` and the table of the fit", "scores are means over the processes; steps are a process's own", "CNN; fitted, universal", "test_distributed.py::test_logged_scores_are_means_over_the_processes"),
-    ("two processes: `FMCSRecorder`", "one data set, written by the first; its losses are those of the whole batch", "CNN; recorder", "test_distributed.py::test_one_data_set_is_recorded_by_both"),
+    ("`learn.export`, `load_learner`", "without oracle, hooks or maps, under 100 kB more; predicts; with the callbacks taken away before, without a name of this package", ALL, "test_callback.py::test_export_holds_no_oracle_and_no_hook"),
+    ("two processes (`accelerate launch`, `distrib_ctx`)", "the weights of one process with the whole batch (fitted oracle), of the mean of its two halves (universal, also with `memory`)", ALL, "test_distributed.py::test_both_processes_end_with_the_weights_of_one"),
+    ("two processes: `history` and the table of the fit", "scores are means over the processes; steps are a process's own", ALL, "test_distributed.py::test_logged_scores_are_means_over_the_processes"),
+    ("two processes: `FMCSRecorder`", "one data set, written by the first; its losses are those of the whole batch", "CNN, ViT; recorder", "test_distributed.py::test_one_data_set_is_recorded_by_both"),
     ("two processes: the recorder's folder exists, or its disk is full", "the first raises its error, the other `RankError` with the same words; none waits", "CNN; recorder", "test_distributed.py::test_what_goes_wrong_in_one_process_reaches_the_other_in_words"),
     ("`SyncBatchNorm`", "by structure: taps are found after the conversion; its numbers **need a GPU and are untested**", "CNN", "test_distributed.py::test_sync_batch_norm_keeps_the_taps"),
     ("`to_fp16()` with loss scaling on a GPU", "**needs a GPU and is untested**; its CPU twin is the first row", "CNN; fitted, universal", "test_settings.py::test_cuda_mixed_precision"),
@@ -209,6 +213,7 @@ OTHERS = [
     ("modules that give tuples or dicts", "works", "CNN; fitted, universal", "test_hostile.py::test_tuples_and_dicts"),
     ("empty batches", "stay plain, counted as `not_valid`; as the first batch refused by the universal oracle's probe", "CNN; fitted, universal", "test_hostile.py::test_empty_batches"),
     ("a loss that is not finite", "stays as it is", "CNN; fitted", "test_callback.py::test_a_loss_that_is_not_finite_stays_as_it_is"),
+    ("`FMCSRecorder` on all of these", "writes what is there (what float16 cannot hold as its largest value); the fit is not a bit another; a module that training goes around is refused by name", "CNN; recorder", "test_hostile.py::test_the_recorder_writes_what_is_there"),
     ("a module that gives no map", "refused by name", "", "test_taps.py::test_a_module_that_gives_no_map"),
     ("oracle files with flipped bits", "`OracleFileError`", "fitted", "test_oracle.py::test_flipped_bits"),
     ("oracle files that are cut, at every 1 % of their length", "`OracleFileError`", "fitted, universal", "test_hostile.py::test_oracles_cut_at_every_percent"),
@@ -217,11 +222,14 @@ OTHERS = [
     ("oracle files: zip bombs, headers and cards that promise terabytes, files of terabytes", "`OracleFileError`, memory bounded", "", "test_hostile.py::test_oracles_that_promise_terabytes"),
     ("oracle files: links", "followed (the hub's cache is made of links); the file is checked like any other", "", "test_hostile.py::test_a_link_to_an_oracle_is_read_and_checked"),
     ("data sets that are damaged: pickles, zip bombs, headers that promise terabytes, links, names that lead out of the folder", "`DatasetError`, nothing is executed", "", "test_recorder.py::test_damaged_folders_are_named"),
+    ("data sets: files of terabytes, pipes, links at every place", "`DatasetError`; nothing is read to its end or waited for, memory bounded", "", "test_hostile.py::test_data_sets_of_terabytes_pipes_and_links"),
     ("study folders that are damaged, also links in them", "`StudyError`", "", "test_study.py::test_a_damaged_result_is_named"),
     ("all three, broken at random", "their own errors", "", "test_soak.py::test_broken_files_are_refused"),
+    ("oracles' headers and cards made by hypothesis, also with sums that are right", "`OracleFileError`, or the same oracle", "fitted, universal", "test_hostile.py::test_fuzzed_headers_and_cards_of_oracles"),
+    ("data sets' cards, tables and arrays, studies' settings and results made by hypothesis", "`DatasetError`, `StudyError`", "", "test_hostile.py::test_fuzzed_data_sets"),
     ("many steps with callback and recorder", "memory stays flat (`make soak` does 2,000 and prints the figures)", "CNN; fitted, universal", "test_memory.py::test_memory_is_flat"),
-    ("maps and graphs of earlier steps", "are gone", "CNN; universal", "test_memory.py::test_no_map_of_an_earlier_step_is_alive"),
-    ("a deleted learner", "goes with network, callbacks and oracle", ALL, "test_memory.py::test_learner_callback_and_network_are_collected"),
+    ("maps and graphs of earlier steps", "are gone", ALL, "test_memory.py::test_no_map_of_an_earlier_step_is_alive"),
+    ("a deleted learner, also after Ctrl-C", "goes with network, callbacks, oracle and what `memory` kept; the recorder's temporary folder goes with its data set", ALL, "test_memory.py::test_learner_callbacks_oracle_and_network_are_collected"),
 ]
 
 def table():

@@ -1,19 +1,28 @@
 "Hostile input: odd maps, odd networks and broken files. Each is trained through, left plain and counted, or refused in words."
 import io
 import json
+import math
+import os
+import resource
+import shutil
 import struct
 import tracemalloc
 import zipfile
+from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
+import fmce_fastai.oracle as oracle_module
 from fmce_fastai.callback import FMCECallback
 from fmce_fastai.oracle import FMCENet, OracleFileError
-from fmce_fastai.recorder import DatasetError
+from fmce_fastai.recorder import DatasetError, FMCSRecorder
 from fmce_fastai.study import Study, StudyError, read_rows, run_study
 from fmce_fastai.taps import FeatureTap, TapError, tap_plan
 from helpers import TinyNet, assert_same, make_model, make_oracle, seed_all, tensor_learner, weights
@@ -170,6 +179,41 @@ def test_empty_batches(kind):
         with pytest.raises(TapError, match=r"stage1 gives \(0, 12, 4, 4\)"): trained(without_norm(), kind, Empty(0), taps="stage1")
 
 
+def recorded_by(make, *cbs, taps="odd"):
+    "What the recorder wrote of a fit of four steps; the fit itself is that of a learner without it."
+    after = []
+    for rec in ([], [FMCSRecorder(n_images=16, n_snapshots=3, taps=[taps])]):
+        learn = tensor_learner(metrics=[])
+        learn.model = make()
+        learn.create_opt()
+        learn.logger = lambda *_: None
+        seed_all()
+        with learn.no_bar(): learn.fit(1, cbs=[*cbs, *rec])
+        after.append(weights(learn.model))
+    assert_same(*after)
+    return rec[0].dataset
+
+@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run does not converge
+@pytest.mark.parametrize("case", ["nan", "inf", "constant", "sizes", "twice", "tuple", "dict", "nested", "empty"])
+def test_the_recorder_writes_what_is_there(case):
+    if case in ("nan", "inf"): ds = recorded_by(lambda: make_aside(row_of(float(case))))
+    elif case == "constant": ds = recorded_by(lambda: make_aside(lambda x: x*0 + 1))
+    elif case == "sizes": ds = recorded_by(make_model, Sizes(), taps="stage1")
+    elif case == "twice": ds = recorded_by(lambda: seed_all() or Twice(), taps="mix")
+    elif case == "empty": ds = recorded_by(without_norm, Empty(0), taps="stage1")
+    else: ds = recorded_by(lambda: seed_all() or TakesFirst(*FORMS[case]))
+    (name,) = ds.plan.names
+    ev, tr = (np.stack([ds.maps(name, i)[m] for i in range(len(ds))]) for m in (0, 1))
+    assert len(ds.steps) == 4 and np.isfinite(ev).all()
+    if case == "nan": assert np.isnan(tr[:, 0]).all() and np.isfinite(tr[:, 1:]).all()
+    elif case == "inf": assert (tr[:, 0] == np.finfo(np.float16).max).all() and np.isfinite(tr).all()
+    elif case == "constant": assert (tr == 1).all()
+    else: assert np.isfinite(tr).all() and tr.std() > 0
+
+def test_the_recorder_names_a_module_that_training_goes_around():
+    with pytest.raises(TapError, match="No map arrived from odd in training mode"): recorded_by(EvalOnly)
+
+
 # Files -----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -244,3 +288,131 @@ def test_a_link_to_an_oracle_is_read_and_checked(oracles, tmp_path):
         link.unlink()
         link.symlink_to(target)
         with pytest.raises(OracleFileError): FMCENet.load(link)
+
+
+@contextmanager
+def little_memory(room=2**30):
+    "At most `room` more bytes of address space; more is a MemoryError."
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+def longer(path): os.truncate(path, 2**42)  # a sparse file: terabytes that take no room
+
+def array_of(path, dtype, shape):
+    "A whole .npy file of that shape, sparse."
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape))
+    path.write_bytes(head.getvalue())
+    os.truncate(path, len(head.getvalue()) + math.prod(shape)*np.dtype(dtype).itemsize)
+
+def pipe(path): path.unlink(); os.mkfifo(path)
+def moved(path): path.rename(path.with_name("elsewhere")); path.symlink_to(path.with_name("elsewhere"))
+
+DATA_SET_HARM = {**{f"{what} {f}": (lambda p, f=f, do=do: do(p/f)) for what, do in dict(long=longer, pipe=pipe, link=moved).items() for f in ("card.json", "steps.csv", "snapshots.csv", "targets.npy", "maps/stem.001.npy")},
+                 "link maps": lambda p: moved(p/"maps"), "targets of terabytes": lambda p: array_of(p/"targets.npy", "i8", (16, 2**36)), "a map of terabytes": lambda p: array_of(p/"maps"/"stem.001.npy", "f2", (2, 16, 8, 2**17, 2**17)),
+                 "a map of gigabytes": lambda p: array_of(p/"maps"/"stem.001.npy", "f2", (2, 16, 8, 2**10, 2**10)), "targets of text": lambda p: np.save(p/"targets.npy", np.array(["three"]*16)), "an array and more": lambda p: (p/"maps"/"stem.001.npy").write_bytes((p/"maps"/"stem.001.npy").read_bytes() + b"x")}
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")/"maps"
+    data_set(folder)
+    return folder
+
+@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run does not converge
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read as Linux tells it")
+def test_data_sets_of_terabytes_pipes_and_links(recorded, tmp_path):
+    "None is read to its end, or waited for."
+    for what, harm in DATA_SET_HARM.items():
+        folder = tmp_path/what.replace("/", "-")
+        shutil.copytree(recorded, folder)
+        harm(folder)
+        with little_memory(), pytest.raises(DatasetError) as e: all_of(folder)
+        assert str(folder) in str(e.value), what
+        shutil.rmtree(folder)
+
+
+# Fuzz: what a reader is given is made by hypothesis, with the forms that it looks for -----------------------------------
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**12, -1, "fitted", "universal", "../../x", "nan"])
+JSON = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "plan", "taps", "shape", "dtype", "grid", "x"]), inner, max_size=3), max_leaves=8)
+FUZZ = settings(max_examples=120, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+def changed(draw, value, depth=3):
+    "A JSON value with another one somewhere in it, a key less or a key more."
+    if depth and isinstance(value, (dict, list)) and value and draw(st.integers(0, 4)):
+        at = draw(st.sampled_from(sorted(value) if isinstance(value, dict) else list(range(len(value)))))
+        value = value.copy()
+        value[at] = changed(draw, value[at], depth-1)
+        return value
+    if isinstance(value, dict) and value and draw(st.booleans()):
+        gone = draw(st.sampled_from(sorted(value)))
+        return {k: v for k, v in value.items() if k != gone}
+    return draw(JSON)
+
+@pytest.mark.parametrize("kind", KINDS)
+@FUZZ
+@given(data=st.data())
+def test_fuzzed_headers_and_cards_of_oracles(kind, oracles, tmp_path, data):
+    "Also with sums that are right: then it is an oracle of the card's form, or refused."
+    whole = (oracles/f"{kind}.safetensors").read_bytes()
+    n = struct.unpack("<Q", whole[:8])[0]
+    header, body = json.loads(whole[8:8+n]), whole[8+n:]
+    where = data.draw(st.sampled_from(["header", "card", "bytes"]))
+    if where == "header": header = changed(data.draw, header)
+    elif where == "card":
+        card = changed(data.draw, json.loads(header["__metadata__"]["fmce_card"]))
+        if isinstance(card, dict):
+            card.pop("card_sha256", None)
+            card["card_sha256"] = oracle_module._card_sha256(card)
+        header["__metadata__"]["fmce_card"] = json.dumps(card)
+    text = data.draw(st.binary(max_size=64)) if where == "bytes" else json.dumps(header).encode()
+    path = tmp_path/"oracle.safetensors"
+    path.write_bytes(struct.pack("<Q", data.draw(st.sampled_from([len(text)]*4 + [0, len(text)+1, 2**40]))) + text + body)
+    try: oracle = FMCENet.load(path)
+    except OracleFileError as e: assert str(path) in str(e)
+    else: assert_same(weights(oracle), weights(FMCENet.load(oracles/f"{kind}.safetensors")))
+
+CELLS = st.sampled_from(["", "0", "1", "-1", "1e999", "nan", "1.5", "x", '"', "9"*30, "\x00", "\n", ","])
+
+@pytest.mark.filterwarnings("ignore")  # the trouble of a run whose losses are strange is said in warnings
+@FUZZ
+@given(data=st.data())
+def test_fuzzed_data_sets(recorded, tmp_path, data):
+    folder = tmp_path/"maps"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(recorded, folder)
+    file = folder/data.draw(st.sampled_from(["card.json", "steps.csv", "snapshots.csv", "targets.npy", "maps/stem.001.npy"]))
+    if file.suffix == ".json": file.write_text(json.dumps(changed(data.draw, json.loads(file.read_text()))))
+    elif file.suffix == ".csv":
+        rows = [r.split(",") for r in file.read_text().splitlines()]
+        row = data.draw(st.sampled_from(rows))
+        row[data.draw(st.integers(0, len(row)-1))] = data.draw(CELLS)
+        file.write_text("\n".join(map(",".join, rows)) + "\n")
+    else:
+        whole = file.read_bytes()
+        head = str(data.draw(st.fixed_dictionaries(dict(descr=st.sampled_from(["<f2", "<i8", "|O", "<f8", "x", "|V8"]), fortran_order=st.booleans() | st.just(3), shape=st.tuples(st.sampled_from([2, 16, -1, 2**40])) | st.just((2, 16, 8, 4, 4)) | st.just(16))))).encode()
+        file.write_bytes(whole[:8] + struct.pack("<H", len(head)) + head + whole[data.draw(st.integers(0, len(whole))):])
+    try: all_of(folder)
+    except DatasetError as e: assert str(folder) in str(e)
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies")/"study"
+    run_study(Study(("plain", "scaled"), primary="scaled", n_train=64, n_eval=50, size=16, bs=32, epochs=1, seeds=(0,)), folder, bar=False)
+    return folder
+
+@FUZZ
+@given(data=st.data())
+def test_fuzzed_studies(studied, tmp_path, data):
+    folder = tmp_path/"study"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(studied, folder)
+    file = data.draw(st.sampled_from([folder/"study.json", *sorted((folder/"runs").glob("*.json"))]))
+    file.write_text(json.dumps(changed(data.draw, json.loads(file.read_text()))))
+    try:
+        Study.load(folder)
+        read_rows(folder)
+    except StudyError as e: assert str(folder) in str(e) or file.name == "study.json"

@@ -18,6 +18,7 @@ from fmce_fastai.taps import Tap, TapPlan
 from helpers import assert_same
 
 PLAN = TapPlan("net", "given", [Tap("a", 4, (9, 6), .5), Tap("b", 6, (3, 3), 1.)], (2, 3, 32, 32))
+TAP = PLAN.to_dict()["taps"][0]
 
 def make(seed=0, width=4, n_levels=5):
     torch.manual_seed(seed)
@@ -149,7 +150,7 @@ def test_no_unpickling(tmp_path, file):
     assert not (tmp_path/"boom").exists()
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"fmce_card": "{"}, {"fmce_card": "[1]"}, {"fmce_card": "3"}, {"fmce_card": "{}"}, {"fmce_card": "null"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"fmce_card": "{"}, {"fmce_card": "[1]"}, {"fmce_card": "3"}, {"fmce_card": "{}"}, {"fmce_card": "null"}, {"fmce_card": "["*100_000}])
 def test_foreign_safetensors(tmp_path, metadata):
     (tmp_path/"f").write_bytes(save_tensors({"x": torch.ones(3)}, metadata=metadata))
     with pytest.raises(OracleFileError, match="card"): FMCENet.load(tmp_path/"f")
@@ -157,7 +158,9 @@ def test_foreign_safetensors(tmp_path, metadata):
 
 @pytest.mark.parametrize("card, words", [(dict(format=2), "format 2"), (dict(format=None), "format None"), (dict(kind="universal?"), "its kind is 'universal."), (dict(kind=None), "its kind is None"),
                                          (dict(kind=["fitted"]), "kind"), (dict(n_levels=7), "does not fit"), (dict(n_levels="x"), "does not fit"), (dict(n_levels=-1), "does not fit"), (dict(n_levels=None), "does not fit"),
-                                         (dict(width=5), "does not fit"), (dict(width=None), "does not fit"), (dict(plan={}), "does not fit"), (dict(plan=[]), "does not fit"), (dict(plan=None), "does not fit"), (dict(plan="x"), "does not fit")])
+                                         (dict(width=5), "does not fit"), (dict(width=None), "does not fit"), (dict(plan={}), "does not fit"), (dict(plan=[]), "does not fit"), (dict(plan=None), "does not fit"), (dict(plan="x"), "does not fit"),
+                                         (dict(n_levels=float("inf")), "does not fit"), (dict(width=1e300), "does not fit"),
+                                         *((dict(plan={**PLAN.to_dict(), **plan}), "does not fit") for plan in (dict(taps=[1]), dict(taps=["x"]), dict(probe="abcd"), dict(arch=[3]), dict(taps=[dict(TAP, name=7)]), dict(taps=[dict(TAP, channels=2**70)]), dict(taps=[dict(TAP, grid=[{}, []])]), dict(taps=[dict(TAP, layout="CNHW")])))])
 def test_cards_that_do_not_fit(file, card, words):
     "Also with sums that were made right again."
     with pytest.raises(OracleFileError, match=words): FMCENet.load(rewrite(file, card=card))

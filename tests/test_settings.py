@@ -110,14 +110,22 @@ def test_cuda_mixed_precision(half, oracle, tmp_path):
 def test_interpretation_is_untouched(net, tmp_path):
     from fastai.interpret import ClassificationInterpretation
     seen = []
-    for cbs in ([], [FMCECallback(.9)], [FMCSRecorder()]):
-        learn = make_learner(net, path=tmp_path, cbs=cbs)
+    for own in (None, "fitted", "universal", "recorder"):
+        learn = make_learner(net, path=tmp_path)
+        if own == "recorder": learn.add_cb(FMCSRecorder())
+        elif own: learn.add_cb(FMCECallback(.9, make_oracle(learn.model) if own == "fitted" else None))
         learn.logger = lambda *_: None
+        seed_all(1)
         found = ClassificationInterpretation.from_learner(learn)
-        seen.append((found.top_losses(5, items=False), found.confusion_matrix()))
-        assert hook_count(learn.model) == 0
-    for losses, confusion in seen[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(losses, seen[0][0])) and (confusion == seen[0][1]).all()
+        (losses, items), confusion = found.top_losses(5, items=False), found.confusion_matrix()
+        plt.close("all")
+        found.plot_top_losses(4)
+        found.plot_confusion_matrix()
+        drawn = [(ax.get_title(), [im.get_array().tobytes() for im in ax.get_images()]) for n in plt.get_fignums() for ax in plt.figure(n).axes]
+        seen.append((losses.tolist(), list(items), confusion.tolist(), found.most_confused(), drawn, rng_state()))
+        seen[-1] += ({k: v.tolist() for k, v in weights(learn.model).items()},)
+        assert hook_count(learn.model) == 0 and len(drawn) >= 5
+    assert all(s == seen[0] for s in seen[1:])
 
 @pytest.mark.parametrize("net", ["cnn", "vit"])
 @pytest.mark.parametrize("oracle", ["fitted", "universal"])
@@ -152,7 +160,7 @@ def vit_parts():
     seed_all(0)
     return nn.Sequential(Body(), Head())
 
-@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("how", ["wrapped", "in place", "one stage"])
 @pytest.mark.parametrize("oracle", ["fitted", "universal"])
 def test_a_network_that_was_compiled_before_is_told_and_helped(how, oracle, tmp_path):
     "Compiled in an earlier call, it fires no hooks: the first step says so, before any weight has moved; the advice in the message works."
@@ -160,12 +168,13 @@ def test_a_network_that_was_compiled_before_is_told_and_helped(how, oracle, tmp_
     learn = tensor_learner(path=tmp_path, metrics=[])
     given = make_oracle(learn.model) if oracle == "fitted" else None
     if how == "wrapped": learn.model = torch.compile(learn.model, backend="aot_eager")
-    else: learn.model.compile(backend="aot_eager")
+    elif how == "in place": learn.model.compile(backend="aot_eager")
+    else: learn.model.stage1.compile(backend="eager")
     learn.logger = lambda *_: None
     learn.fit(1, 1e-2)
     before = dict(weights(learn.model))
     learn.add_cb(FMCECallback(.5, given))
-    with pytest.raises(TapError, match="No feature map arrived from stem, stage1, stage2.*torch._dynamo.reset"): learn.fit(1, 1e-2)
+    with pytest.raises(TapError, match=f"No feature map arrived from {'stage1' if how == 'one stage' else 'stem, stage1, stage2'} in.*torch._dynamo.reset"): learn.fit(1, 1e-2)
     after = weights(learn.model)
     assert all(torch.equal(v, after[k]) for k, v in before.items() if "running" not in k and "num_batches" not in k) and hook_count(learn.model) == 0
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fmce_fastai.taps import FeatureTap, Tap, TapError, TapPlan, find_backbone, hook_count, pool_map, probe_input, tap_plan, unwrap
-from helpers import TinyNet, make_model, rng_state, seed_all, weights
+from helpers import TinyNet, assert_same, make_model, rng_state, seed_all, weights
 
 pytestmark = [
     # torch scripts, and timm builds, with what torch deprecates
@@ -250,3 +250,30 @@ def test_pool_map():
     x = torch.randn(2, 3, 20, 5)
     assert pool_map(x).shape == (2, 3, 7, 5) and pool_map(x.bfloat16()).dtype == torch.float32
     torch.testing.assert_close(pool_map(torch.arange(14.).reshape(1, 1, 14, 1))[0, 0, :, 0], torch.arange(.5, 14, 2))
+
+
+@pytest.mark.parametrize("arch, size", [(None, 16), ("vit", 16), ("test_resnet", 32)])
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_a_read_network_trains_to_the_same_bit(arch, size, keep_graph):
+    "Outputs, gradients, buffers, modes and random state of five steps, each read, are those without a tap."
+    seen = []
+    for read in (False, True):
+        model = make_model(arch, drop_rate=.2) if arch else make_model()
+        tap = FeatureTap(tap_plan(model, size=size), keep_graph=keep_graph)
+        opt, steps = torch.optim.SGD(model.parameters(), .1), []
+        seed_all(1)
+        for _ in range(5):
+            x = torch.randn(8, 3, size, size)
+            if read: tap.arm(model)
+            out = model(x)
+            if read:
+                maps = tap.take()
+                assert len(maps) == len(tap.plan) and all(m.requires_grad == keep_graph for m in maps.values())
+            opt.zero_grad()
+            out.square().mean().backward()
+            opt.step()
+            steps.append(out.detach())
+        assert hook_count(model) == 0
+        seen.append((torch.stack(steps), weights(model), [m.training for m in model.modules()], rng_state()))
+    assert torch.equal(seen[0][0], seen[1][0]) and seen[0][2:] == seen[1][2:]
+    assert_same(seen[0][1], seen[1][1])
