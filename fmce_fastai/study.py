@@ -120,9 +120,18 @@ def _whole(path):
 def _write_json(path, values):
     with _whole(path) as part: part.write_text(json.dumps(values, indent=1), encoding='utf-8')
 
+_MAX_BYTES = 2**26  # no file of a study comes near it, and a file is not read to learn that it is none
+
+def _own(path):
+    "`path`, if it is a file of the study's own: no link, no pipe or device, and not of a size that no study writes."
+    if path.is_symlink(): raise StudyError(f"{path} is a link; a study's folder holds its own files. Put the file itself there.")
+    if path.exists() and not path.is_file(): raise StudyError(f"{path} is no file. Delete it; what it held is done again.")
+    if path.exists() and path.stat().st_size > _MAX_BYTES: raise StudyError(f"{path} has {path.stat().st_size/1e9:.1f} GB, and at most {_MAX_BYTES/1e9:.2f} are read. Delete it; what it held is done again.")
+    return path
+
 def _read_json(path):
-    if Path(path).is_symlink(): raise StudyError(f"{path} is a link; a study's folder holds its own files. Put the file itself there.")
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    path = _own(Path(path))
+    try: return json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError as e: raise StudyError(f"{path} is missing: {Path(path).parent} is no study's folder. Start one with run_study(study, folder).") from e
     except (ValueError, OSError, RecursionError) as e: raise StudyError(f"{path} cannot be read ({e}). Delete it; what it held is done again.") from e
 
@@ -530,9 +539,11 @@ def read_rows(
     "The results so far: of the files in `runs`, and of `runs.csv` for those that the folder was kept without."
     folder,found = Path(folder),{}
     if (folder/'runs.csv').exists():
-        try: kept = pd.read_csv(folder/'runs.csv')
+        table = _own(folder/'runs.csv')
+        try: kept = pd.read_csv(table)
         except (ValueError, OSError, pd.errors.ParserError) as e: raise StudyError(f"{folder/'runs.csv'} cannot be read ({e}). Delete it, if the runs are there; it is written anew.") from e
         for r in kept[[c for c in kept if not c.startswith('study_')]].to_dict('records'): found[_job_of(_checked(folder/'runs.csv', r)).name] = r
+    if (folder/'runs').is_symlink(): raise StudyError(f"{folder/'runs'} is a link; a study's folder holds its own files. Put the folder itself there.")
     for p in (folder/'runs').glob('*.json'):
         r = _checked(p, _read_json(p))
         found[_job_of(r).name] = r

@@ -223,6 +223,7 @@ OTHERS = [
     ("oracle files: links", "followed (the hub's cache is made of links); the file is checked like any other", "", "test_hostile.py::test_a_link_to_an_oracle_is_read_and_checked"),
     ("data sets that are damaged: pickles, zip bombs, headers that promise terabytes, links, names that lead out of the folder", "`DatasetError`, nothing is executed", "", "test_recorder.py::test_damaged_folders_are_named"),
     ("data sets: files of terabytes, pipes, links at every place", "`DatasetError`; nothing is read to its end or waited for, memory bounded", "", "test_hostile.py::test_data_sets_of_terabytes_pipes_and_links"),
+    ("studies: files of terabytes, pipes, links at every place", "`StudyError`; nothing is read to its end or waited for, memory bounded", "", "test_hostile.py::test_studies_of_terabytes_pipes_and_links"),
     ("study folders that are damaged, also links in them", "`StudyError`", "", "test_study.py::test_a_damaged_result_is_named"),
     ("all three, broken at random", "their own errors", "", "test_soak.py::test_broken_files_are_refused"),
     ("oracles' headers and cards made by hypothesis, also with sums that are right", "`OracleFileError`, or the same oracle", "fitted, universal", "test_hostile.py::test_fuzzed_headers_and_cards_of_oracles"),

@@ -416,3 +416,17 @@ def test_fuzzed_studies(studied, tmp_path, data):
         Study.load(folder)
         read_rows(folder)
     except StudyError as e: assert str(folder) in str(e) or file.name == "study.json"
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read as Linux tells it")
+def test_studies_of_terabytes_pipes_and_links(studied, tmp_path):
+    files = ["study.json", "runs.csv", f"runs/{next((studied/'runs').glob('*.json')).name}"]
+    harms = {f"{what} {f}": (lambda p, f=f, do=do: do(p/f)) for what, do in dict(long=longer, pipe=pipe, link=moved).items() for f in files}
+    for what, harm in {**harms, "link runs": lambda p: moved(p/"runs")}.items():
+        folder = tmp_path/what.replace("/", "-")
+        shutil.copytree(studied, folder)
+        harm(folder)
+        with little_memory(), pytest.raises(StudyError) as e:
+            Study.load(folder)
+            read_rows(folder)
+        assert str(folder) in str(e.value), what
+        shutil.rmtree(folder)
