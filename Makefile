@@ -14,7 +14,7 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python tools/check_export.py
-	MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 0 --timing
+	MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(WORKERS) --timing
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Every timm family, trained for two batches in four settings: under two hours on two cores. It goes on where it was stopped; SWEEP="--families resnet,eva --jobs 1" passes options.
