@@ -191,7 +191,7 @@ class FMCECallback(Callback):
     ) -> Convergence: # Status, converged step, CQI
         "How a fit's task loss converged. Raises `ValueError` where no such fit was trained with this callback."
         fit = max(self._losses, default=0) if fit is None else fit
-        if fit not in self._losses: raise ValueError(f"There is no fit{'' if fit is None else f' {fit}'} to judge; trained with this callback: {', '.join(map(str, self._losses)) or 'none yet'}.")
+        if fit not in self._losses: raise ValueError(f"There is no fit{f' {fit}' if fit else ''} to judge; trained with this callback: {', '.join(map(str, self._losses)) or 'none yet'}.")
         (losses,lr),steps_per_epoch = np.concatenate([both for both,_ in self._losses[fit]], 1),self._losses[fit][0][1]
         return convergence(losses, steps_per_epoch, lr, **kwargs)
 

@@ -231,7 +231,7 @@ class CamComparison:
         "Means over the images, and how many maps are blank (no cell speaks for the class)."
         of = self.frame.groupby('name', sort=False)
         table = of[['probability', *(m for m in MEASURES if m in self.frame)]].mean()
-        return table.assign(blank=of.entropy.apply(lambda e: int(e.isna().sum())), grid=[f'{m.shape[-2]}x{m.shape[-1]}' for m in self.maps.values()] if isinstance(self.maps, dict) else '').reset_index()
+        return table.assign(blank=of.entropy.apply(lambda e: int(e.isna().sum())), grid=[f'{m.shape[-2]}x{m.shape[-1]}' for m in self.maps.values()]).reset_index()
 
     def plot(self,
         rows:int|list=8, # Images drawn: the first so many, or their numbers

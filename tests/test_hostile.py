@@ -231,8 +231,12 @@ def test_oracles_cut_at_every_percent(kind, oracles, tmp_path):
         with pytest.raises(OracleFileError): FMCENet.load(tmp_path/"cut.safetensors")
 
 
+def read_study(folder):
+    Study.load(folder)
+    return read_rows(folder)
+
 def cut_everywhere(files, read, error):
-    "Each of `files` at every 1 % of its length; what is still whole but for its last line break may be read."
+    "Each of `files` at every 1 % of its length is refused."
     for f in files:
         data = f.read_bytes()
         for percent in range(100):
@@ -246,18 +250,19 @@ def test_data_sets_and_studies_cut_at_every_percent(tmp_path):
     data_set(tmp_path/"maps")
     cut_everywhere([p for p in (tmp_path/"maps").rglob("*") if p.is_file()], lambda: all_of(tmp_path/"maps"), DatasetError)
     run_study(Study(("plain", "scaled"), primary="scaled", n_train=64, n_eval=50, size=16, bs=32, epochs=1, seeds=(0, 1)), tmp_path/"study", bar=False)
-    def read():
-        Study.load(tmp_path/"study")
-        assert len(read_rows(tmp_path/"study")) == 4
+    def read(): assert len(read_study(tmp_path/"study")) == 4
     cut_everywhere([tmp_path/"study"/"study.json", *(tmp_path/"study"/"runs").glob("*.json")], read, StudyError)
 
 
-def header_of(tensors, meta): return json.dumps({"__metadata__": meta, **tensors}).encode()
+def header_and_body(path):
+    "The two parts of a safetensors file: what its header says, and the tensors' bytes."
+    whole = path.read_bytes()
+    n = struct.unpack("<Q", whole[:8])[0]
+    return json.loads(whole[8:8+n]), whole[8+n:]
 
 def test_oracles_that_promise_terabytes(oracles, tmp_path):
     whole = (oracles/"fitted.safetensors").read_bytes()
-    n = struct.unpack("<Q", whole[:8])[0]
-    header, body = json.loads(whole[8:8+n]), whole[8+n:]
+    header, body = header_and_body(oracles/"fitted.safetensors")
     name = next(k for k in header if k != "__metadata__")
     def with_header(**changed):
         text = json.dumps({**header, **changed}).encode()
@@ -315,6 +320,16 @@ DATA_SET_HARM = {**{f"{what} {f}": (lambda p, f=f, do=do: do(p/f)) for what, do 
                  "link maps": lambda p: moved(p/"maps"), "targets of terabytes": lambda p: array_of(p/"targets.npy", "i8", (16, 2**36)), "a map of terabytes": lambda p: array_of(p/"maps"/"stem.001.npy", "f2", (2, 16, 8, 2**17, 2**17)),
                  "a map of gigabytes": lambda p: array_of(p/"maps"/"stem.001.npy", "f2", (2, 16, 8, 2**10, 2**10)), "targets of text": lambda p: np.save(p/"targets.npy", np.array(["three"]*16)), "an array and more": lambda p: (p/"maps"/"stem.001.npy").write_bytes((p/"maps"/"stem.001.npy").read_bytes() + b"x")}
 
+def assert_refused(harms, whole, tmp_path, read, error):
+    "A copy of the folder `whole` after each of `harms`: refused with its name, and neither read to its end nor waited for."
+    for what, harm in harms.items():
+        folder = tmp_path/what.replace("/", "-")
+        shutil.copytree(whole, folder)
+        harm(folder)
+        with little_memory(), pytest.raises(error) as e: read(folder)
+        assert str(folder) in str(e.value), what
+        shutil.rmtree(folder)
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")/"maps"
@@ -323,15 +338,7 @@ def recorded(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run does not converge
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read as Linux tells it")
-def test_data_sets_of_terabytes_pipes_and_links(recorded, tmp_path):
-    "None is read to its end, or waited for."
-    for what, harm in DATA_SET_HARM.items():
-        folder = tmp_path/what.replace("/", "-")
-        shutil.copytree(recorded, folder)
-        harm(folder)
-        with little_memory(), pytest.raises(DatasetError) as e: all_of(folder)
-        assert str(folder) in str(e.value), what
-        shutil.rmtree(folder)
+def test_data_sets_of_terabytes_pipes_and_links(recorded, tmp_path): assert_refused(DATA_SET_HARM, recorded, tmp_path, all_of, DatasetError)
 
 
 # Fuzz: what a reader is given is made by hypothesis, with the forms that it looks for -----------------------------------
@@ -357,9 +364,7 @@ def changed(draw, value, depth=3):
 @given(data=st.data())
 def test_fuzzed_headers_and_cards_of_oracles(kind, oracles, tmp_path, data):
     "Also with sums that are right: then it is an oracle of the card's form, or refused."
-    whole = (oracles/f"{kind}.safetensors").read_bytes()
-    n = struct.unpack("<Q", whole[:8])[0]
-    header, body = json.loads(whole[8:8+n]), whole[8+n:]
+    header, body = header_and_body(oracles/f"{kind}.safetensors")
     where = data.draw(st.sampled_from(["header", "card", "bytes"]))
     if where == "header": header = changed(data.draw, header)
     elif where == "card":
@@ -412,21 +417,11 @@ def test_fuzzed_studies(studied, tmp_path, data):
     shutil.copytree(studied, folder)
     file = data.draw(st.sampled_from([folder/"study.json", *sorted((folder/"runs").glob("*.json"))]))
     file.write_text(json.dumps(changed(data.draw, json.loads(file.read_text()))))
-    try:
-        Study.load(folder)
-        read_rows(folder)
+    try: read_study(folder)
     except StudyError as e: assert str(folder) in str(e) or file.name == "study.json"
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read as Linux tells it")
 def test_studies_of_terabytes_pipes_and_links(studied, tmp_path):
     files = ["study.json", "runs.csv", f"runs/{next((studied/'runs').glob('*.json')).name}"]
     harms = {f"{what} {f}": (lambda p, f=f, do=do: do(p/f)) for what, do in dict(long=longer, pipe=pipe, link=moved).items() for f in files}
-    for what, harm in {**harms, "link runs": lambda p: moved(p/"runs")}.items():
-        folder = tmp_path/what.replace("/", "-")
-        shutil.copytree(studied, folder)
-        harm(folder)
-        with little_memory(), pytest.raises(StudyError) as e:
-            Study.load(folder)
-            read_rows(folder)
-        assert str(folder) in str(e.value), what
-        shutil.rmtree(folder)
+    assert_refused({**harms, "link runs": lambda p: moved(p/"runs")}, studied, tmp_path, read_study, StudyError)
