@@ -62,7 +62,7 @@ class StepClock(Callback):
     def after_train(self): self.seconds = time.perf_counter() - self.start
 
 
-def step_seconds(root, blocks, steps, universal=False):
+def step_seconds(root, blocks, steps, universal=False, memory=0):
     "Wall times of blocks of training steps, plain and with RAL by a fitted or the universal oracle in turn: two lists."
     set_seed(0)
     dls = fashion_mnist_dls(size=64, bs=64, n_train=64 * steps, root=root, device="cpu")
@@ -73,7 +73,7 @@ def step_seconds(root, blocks, steps, universal=False):
     with learn.no_bar(), learn.no_logging():
         for block in range(blocks + 1):
             for arm in ("plain", "ral") if block % 2 else ("ral", "plain"):
-                learn.fit(1, 1e-3, cbs=[clock, FMCECallback(alpha=0.9, oracle=oracle)] if arm == "ral" else clock)
+                learn.fit(1, 1e-3, cbs=[clock, FMCECallback(alpha=0.9, oracle=oracle, memory=memory)] if arm == "ral" else clock)
                 if block: times[arm].append(clock.seconds)  # the first block warms up
     return times["plain"], times["ral"]
 
@@ -123,6 +123,7 @@ def main(
     epochs: int = 5,  # Epochs of stage 1
     blocks: int = 6,  # Pairs of blocks of steps, with a fitted oracle; 0 for none
     universal: int = 6,  # The same with the universal oracle
+    memory: int = 3,  # The same with a memory of 200 images
     taps: int = 4,  # Blocks of steps with taps alone; 0 for none
     steps: int = 16,  # Steps in a block
     threads: int = 1,  # Torch threads
@@ -148,6 +149,8 @@ def main(
         for a, b in zip(*step_seconds(root, blocks, steps)): add("RAL step", f"{steps} steps a block", a, b)
     if universal:
         for a, b in zip(*step_seconds(root, universal, steps, True)): add("RAL step, universal oracle", f"{steps} steps a block", a, b)
+    if memory:
+        for a, b in zip(*step_seconds(root, memory, steps, True, 200)): add("RAL step, universal oracle, memory of 200 images", f"{steps} steps a block", a, b)
     for _ in range(taps): add("taps alone", f"{steps} steps a block", *tap_seconds(root, steps))
     for _ in range(fits): add("recording", f"{n_train} images, {epochs} epochs, 256 images at 16 snapshots", *recording_seconds(root, n_train, epochs))
     for what in dict.fromkeys(r["what"] for r in rows): print(what, "median ratio", statistics.median(r["ratio"] for r in rows if r["what"] == what))

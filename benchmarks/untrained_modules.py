@@ -4,7 +4,7 @@
     python benchmarks/untrained_modules.py --report
 
 Small networks from a random start, before and after five epochs on digits (32 px, 2 seeds, shipped oracle: it has seen training images of digits; scored are validation images), and EfficientNet-Lite0 with ImageNet weights on FashionMNIST images (64 px, an oracle that has seen none of it), intact and with one
-stage drawn anew. `trained` says whether the row's stage is."""
+stage drawn anew; and the same on images that are foreign to the network, handwritten digits (settings `digits_foreign`, and at 32 px `digits_foreign_32`). `trained` says whether the row's stage is."""
 import argparse, copy, warnings
 from pathlib import Path
 
@@ -41,31 +41,32 @@ def small(arch, seed):
         rows += [{**r, "trained": trained} for r in rows_of(fmce_report(learn, bar=False, seed=seed).table, arch=arch, seed=seed, setting="digits")]
     return rows
 
-def large(root, seed):
+def large(root, seed, setting):
     "Intact, and each stage drawn anew in turn: only that stage is then an untrained one; those after it are left out."
-    dl, model, rows = fashion_mnist_dls(size=64, root=root, n_train=1000).valid, lite0(), []
+    size = 32 if setting == "digits_foreign_32" else 64
+    dl, model, rows = (digits_dls(size=size) if "foreign" in setting else fashion_mnist_dls(size=size, root=root, n_train=1000)).valid, lite0(), []
     oracle = FMCENet.load(HERE/"oracles"/"universal_without_fashion.safetensors")
-    plan = tap_plan(model, size=64)
+    plan = tap_plan(model, size=size)
     for stage in (None, *range(len(plan))):
         net = model if stage is None else damaged(model, plan, stage, seed)
-        found = rows_of(fmce_report(net, dl, oracle=oracle, bar=False, seed=seed).table, arch="tf_efficientnet_lite0", seed=seed, setting="fashion_mnist")
+        found = rows_of(fmce_report(net, dl, oracle=oracle, bar=False, seed=seed).table, arch="tf_efficientnet_lite0", seed=seed, setting=setting)
         rows += [{**r, "trained": stage is None} for r in found if stage in (None, r["number"])]
     return rows
 
 def main(root):
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    there = pd.read_csv(PATH) if PATH.exists() else pd.DataFrame(columns=["arch", "seed"])
-    for arch in (*SMALL, "tf_efficientnet_lite0"):
+    there = pd.read_csv(PATH) if PATH.exists() else pd.DataFrame(columns=["arch", "seed", "setting"])
+    for arch, setting in (*((a, "digits") for a in SMALL), ("tf_efficientnet_lite0", "fashion_mnist"), ("tf_efficientnet_lite0", "digits_foreign"), ("tf_efficientnet_lite0", "digits_foreign_32")):
         for seed in range(2):
-            if ((there.arch == arch) & (there.seed == seed)).any(): continue
-            pd.DataFrame(small(arch, seed) if arch in SMALL else large(root, seed)).to_csv(PATH, mode="a", header=not PATH.exists(), index=False, na_rep="nan")
-            print(arch, seed, flush=True)
+            if ((there.arch == arch) & (there.seed == seed) & (there.setting == setting)).any(): continue
+            pd.DataFrame(small(arch, seed) if arch in SMALL else large(root, seed, setting)).to_csv(PATH, mode="a", header=not PATH.exists(), index=False, na_rep="nan")
+            print(arch, setting, seed, flush=True)
     report()
 
 def report():
     d = pd.read_csv(PATH)
-    print(d.groupby(["arch", "module", "trained"], sort=False)[["fmcs", "rise", "learnt"]].mean().round(3).to_string())
+    print(d.groupby(["arch", "setting", "module", "trained"], sort=False)[["fmcs", "rise", "learnt"]].mean().round(3).to_string())
     d = d[d.learnt.notna() & (d.number > 0)]
     print(d.assign(told=d.learnt < LEAST_LEARNT).groupby(["setting", "trained"]).told.agg(["sum", "count"]).to_string())
 

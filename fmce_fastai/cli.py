@@ -22,13 +22,14 @@ import sys
 import textwrap
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from fastcore.script import call_parse, is_cli, store_true
 
 from . import __version__
+from .files import read_json, whole_file
 
 # %% ../nbs/11_cli.ipynb #5738152c
 class CommandError(ValueError):
@@ -56,24 +57,20 @@ def _in_options(text, names):
 
 @contextmanager
 def _writing(path):
-    "A temporary name to write to; becomes `path` at the end: the file is whole or as it was before. A failed write is a message that names the file."
-    part = path.with_name(f'.{path.name}.part')
+    "`whole_file`; a failed write is a message that names the file."
     try:
-        yield part
-        os.replace(part, path)
+        with whole_file(path) as part: yield part
     except (OSError, RuntimeError) as e:  # PyTorch says RuntimeError where the disk is full
         full = isinstance(e, RuntimeError) or e.errno in _FULL
         raise CommandError(f"could not write {path}: " + ("the disk is full, or a file may not grow further. Free some space" if full else f"{e.strerror or e}. Make the folder writable")
                            + ", then go on; or choose another place.") from e
-    finally:
-        with suppress(OSError): part.unlink(missing_ok=True)
 
 def _write_json(path, values):
     with _writing(path) as part: part.write_text(json.dumps(values, indent=1, default=float), encoding='utf-8')
 
 def _read_json(path, keys, what):
     "The object in `path`, None without a file. Raises `CommandError` if it is damaged or lacks one of `keys`; `what` says what to do then."
-    try: values = json.loads(path.read_text(encoding='utf-8'))
+    try: values = read_json(path)
     except FileNotFoundError: return None
     except OSError as e: raise CommandError(f"{path} cannot be read: {e.strerror or e}.") from e
     except ValueError as e: raise CommandError(f"{path} is damaged ({e}); {what}.") from e
@@ -272,7 +269,7 @@ def _stage3(cfg, out, arm):
     from fmce_fastai.oracle import FMCENet, OracleFileError
     dls = _data(cfg)
     learn = _learner(cfg, dls, fresh=False)
-    _load_weights(learn.model, out/'stage1.safetensors', json.loads((out/'stage1.json').read_text(encoding='utf-8'))['sha256'])
+    _load_weights(learn.model, out/'stage1.safetensors', read_json(out/'stage1.json')['sha256'])
     try: cbs = [FMCECallback(alpha=cfg['alpha'], oracle=FMCENet.load(out/'oracle.safetensors'))] if arm == 'ral' else []
     except OracleFileError as e: raise CannotGoOn(f"{e} {_again(out, 'stage2')}") from e
     set_seed(cfg['seed'] + 1)  # both arms draw the same dropout masks and augmentation
@@ -509,7 +506,8 @@ def _build_for_taps(arch, size, n_in):
     "The network without pretrained weights, as bare as its library makes it."
     import timm
     from fmce_fastai.taps import image_size_kwargs
-    found = check_arch(arch)
+    from fmce_fastai.study import find_arch
+    found = find_arch(arch)
     if not isinstance(found, str): return found(weights=None)
     return timm.create_model(found, pretrained=False, in_chans=n_in, **(image_size_kwargs(found, size, n_in) if size else {}))
 
@@ -572,7 +570,7 @@ def fmce_report(
     root:str=None, # Folder of the data set's files
     size:int=64, # Image size in pixels
     n_images:int=256, # Images to score
-    no_labels:store_true=False, # Score without class labels
+    no_labels:store_true=False, # Score without class labels; a folder of images then needs no subfolders
     oracle:str=None, # An oracle's file; default the universal one
     csv:str=None, # Also write the table to this file
     plot:str=None, # Also draw the bars into this file, such as report.png
@@ -585,31 +583,55 @@ def fmce_report(
         from fmce_fastai.data import get_dls
         from fmce_fastai.interpret import fmce_report as report
         from fmce_fastai.oracle import FMCENet
+        _check_outputs(csv=csv, plot=plot, images=images)
         scorer = FMCENet.load(oracle) if oracle else FMCENet.universal()
-        dls = get_dls(data, size=size, bs=64, **({} if root is None else {'root':root}))
+        plain = no_labels and root is None and Path(data).expanduser().is_dir()
+        dl = _plain_images(Path(data).expanduser(), size) if plain else get_dls(data, size=size, bs=64, **({} if root is None else {'root':root})).valid
         model = _report_model(arch, weights, pretrained, size)
-        found = report(model, dls.valid, n_images, scorer, labels=not no_labels, seed=seed, control=control, bar=sys.stdout.isatty())
-        print(f"{found}\n\nImages: {data}, {size}x{size}, validation split")
+        found = report(model, dl, n_images, scorer, labels=not no_labels, seed=seed, control=control, bar=sys.stdout.isatty())
+        print(f"{found}\n\nImages: {data}, {size}x{size}, {'all in it' if plain else 'validation split'}")
         if csv: found.table.to_csv(csv, index=False)
         if plot: _plot(Path(plot), lambda: found.plot().figure)
         if images: _plot(Path(images), lambda: found.plot_images()[0,0].figure)
     _plain_command('fmce_report', run, ['data', 'weights', 'root', 'size', 'n_images', 'oracle'])
 
+def _check_outputs(**paths):
+    "Before any work: can the files be written that the options name?"
+    for option,path in paths.items():
+        if path is None: continue
+        path = Path(path)
+        above = next(o for o in path.absolute().parents if o.exists())
+        if path.is_dir(): why = 'it is a folder'
+        elif not above.is_dir(): why = f'{above} is no folder'
+        elif not os.access(above, os.W_OK): why = f'the folder {above} is not writable'
+        elif option != 'csv' and path.suffix.lower() != '.png': why = 'a PNG is drawn, and its name ends in .png'
+        else: continue
+        raise CommandError(f"--{option} {path}: {why}. Choose another name.")
+
+def _plain_images(folder, size):
+    "All images in a folder and below, in no classes: cut to their centred square and resized, as `folder_dls` does."
+    from fastai.data.core import Datasets, TfmdDL
+    from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor, get_image_files
+    from fastai.vision.augment import Resize
+    from fastai.vision.core import PILImage, imagenet_stats
+    files = get_image_files(folder).sorted()
+    if not files: raise CommandError(f"There are no images in {folder}.")
+    return TfmdDL(Datasets(files, [[PILImage.create]]), bs=64, after_item=[Resize(size), ToTensor()], after_batch=[IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)])
+
 def _report_model(arch, weights, pretrained, size):
     "The network with the weights asked for."
+    from fmce_fastai.study import find_arch, lite0_weights
     if str(arch).endswith('.pkl'):
         from fastai.learner import load_learner
         if not Path(arch).is_file(): raise CommandError(f"There is no file {arch}. Give a timm name, torchvision.<name>, or a Learner's export.")
         if weights or pretrained: raise CommandError("An exported Learner has its own weights; leave --weights and --pretrained out.")
         return load_learner(arch).model
-    found = check_arch(arch)
     if pretrained and not weights:
+        found = find_arch(arch)
         import timm
         return timm.create_model(found, pretrained=True) if isinstance(found, str) else found(weights='DEFAULT')
     model = _build_for_taps(arch, size, 3)
-    if weights and weights.startswith('efficientnet-lite'):
-        from fmce_fastai.study import lite0_weights
-        lite0_weights(model, weights[-1])
+    if weights and weights.startswith('efficientnet-lite'): lite0_weights(model, weights[-1])
     elif weights: model.load_state_dict(_read_weights(weights))
     return model
 

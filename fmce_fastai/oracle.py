@@ -14,9 +14,7 @@ import copy
 import hashlib
 import html
 import json
-import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import __version__
+from .files import whole_file
 from .hub import WEIGHTS, HubError, card_facts, card_scores, hub_file, local_file, model_card, push_files
 from .taps import TapPlan, pool_map
 
@@ -453,15 +452,9 @@ def _save(self,
             'package':'fmce_fastai', 'version':__version__, 'sha256':tensors_sha256(tensors)}
     card = json.loads(json.dumps(card))
     card['card_sha256'] = _card_sha256(card)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(save(tensors, metadata={_CARD_KEY:json.dumps(card)}))
-        os.replace(part, path)
-    except OSError as e:
-        raise OSError(e.errno, f"the oracle could not be written ({e.strerror or e}); nothing there was changed", str(path)) from e
-    finally:
-        with suppress(OSError): part.unlink()
+        with whole_file(path) as part: part.write_bytes(save(tensors, metadata={_CARD_KEY:json.dumps(card)}))
+    except OSError as e: raise OSError(e.errno, f"the oracle could not be written ({e.strerror or e}); nothing there was changed", str(path)) from e
     self.card = card
     return path
 

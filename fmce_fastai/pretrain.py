@@ -12,7 +12,6 @@ __all__ = ['SOURCES', 'TASKS', 'ARCHS', 'BATCHES', 'make_task', 'build', 'Run', 
 
 # %% ../nbs/09_pretrain.ipynb #0c284f2b
 import importlib
-import json
 import math
 import os
 import time
@@ -28,6 +27,7 @@ from torch import nn
 
 from . import __version__
 from .convergence import level_targets, smooth_losses
+from .files import read_json, whole_file, write_json
 from .oracle import UniversalFMCENet, _free_features, _labelled_features, has_company, kernels, same_class, u_center
 from .recorder import MODES, snapshot_steps, undisturbed
 from .taps import FeatureTap, pool_map, stage_params, tap_plan
@@ -269,9 +269,8 @@ def record_run(
         model = _fit(first, None, None)[0]
     model,log,meta = _fit(run, model, out)
     keep = dict(run=run.__dict__, family=ARCHS[run.arch][0], seconds=round(time.time()-start, 1), **meta, rows=log.rows)
-    np.savez(out/f'{run.name}.part.npz', grams=np.stack(log.grams), shares=np.stack(log.shares))
-    os.replace(out/f'{run.name}.part.npz', out/f'{run.name}.npz')
-    (out/f'{run.name}.json').write_text(json.dumps(keep))
+    with whole_file(out/f'{run.name}.npz') as part, open(part, 'wb') as f: np.savez(f, grams=np.stack(log.grams), shares=np.stack(log.shares))
+    write_json(out/f'{run.name}.json', keep)
 
 def _head_params(model): return list(model.get_classifier().parameters()) if hasattr(model, 'get_classifier') else []
 
@@ -370,7 +369,12 @@ def make_runs(
 def read_runs(
     folder, # Where `record_run` wrote
 ) -> dict: # Run name -> what its json says
-    return {p.stem:json.loads(p.read_text()) for p in sorted(Path(folder).glob('*.json'))}
+    "Raises `ValueError`, naming the file, for one that is damaged."
+    found = {}
+    for p in sorted(Path(folder).glob('*.json')):
+        try: found[p.stem] = read_json(p)
+        except ValueError as e: raise ValueError(f"{p} is damaged ({e}). Delete it; that run is then recorded again.") from e
+    return found
 
 def absolute_progress(
     runs:dict, # From `read_runs`
@@ -447,7 +451,7 @@ def tabulate(
 ) -> dict: # `train`: columns with one row per image; `judge`: features of all images as one batch
     "The features of a run's maps, in random batches of many sizes and numbers of classes."
     folder = Path(folder)
-    r = json.loads((folder/f'{name}.json').read_text())
+    r = read_json(folder/f'{name}.json')
     rng = np.random.default_rng([seed, *name.encode()])
     y,n = torch.tensor(r['targets']),len(r['targets'])
     with np.load(folder/f'{name}.npz') as z: upper,share = z['grams'],torch.from_numpy(z['shares'].astype(np.float32))
@@ -605,9 +609,7 @@ def _in_processes(fn, jobs, todo, what, bar=True):
 
 def _tabulate_to(folder, name):
     folder = Path(folder)
-    part = folder/f'{name}.part'
-    torch.save(tabulate(folder, name), part)
-    os.replace(part, folder/f'{name}.pt')
+    with whole_file(folder/f'{name}.pt') as part: torch.save(tabulate(folder, name), part)
 
 def seen_by(
     runs:dict, # From `read_runs`, those that it was trained on

@@ -10,7 +10,6 @@ __all__ = ['MODES', 'snapshot_steps', 'undisturbed', 'DatasetError', 'FMCSDatase
 # %% ../nbs/03_recorder.ipynb #9c98ea7c
 import html
 import json
-import os
 import shutil
 import tempfile
 import weakref
@@ -28,6 +27,7 @@ from fastai.torch_core import no_random
 
 from . import __version__
 from .convergence import convergence
+from .files import MAX_JSON, own_file, read_json, whole_file, write_json
 from .taps import MAX_GRID, FeatureTap, TapError, TapPlan, is_main, mean_over_ranks, pool_map, pooled_grid, tap_plan, together, unwrap
 
 # %% ../nbs/03_recorder.ipynb #368ef564
@@ -97,14 +97,7 @@ class DatasetError(ValueError):
 MODES = ('eval', 'train')
 
 # %% ../nbs/03_recorder.ipynb #3bf09654
-_MAX_BYTES = {'card.json':2**26, 'steps.csv':2**30, 'snapshots.csv':2**26, 'targets.npy':2**32}  # no run comes near it; a file is not read to learn that it is none of ours
-
-def _own(path):
-    "`path`, if it is a file of the data set's own: no link, no pipe or device, and not of a size that no recorder writes."
-    if path.is_symlink(): raise ValueError(f"{path.name} is a link; a data set holds its own files")
-    if path.exists() and not path.is_file(): raise ValueError(f"{path.name} is no file")
-    if path.exists() and path.stat().st_size > (most := _MAX_BYTES.get(path.name, float('inf'))): raise ValueError(f"{path.name} has {path.stat().st_size/1e9:.1f} GB, and at most {most/1e9:.1f} are read")
-    return path
+_MAX_BYTES = {'card.json':MAX_JSON, 'steps.csv':2**30, 'snapshots.csv':2**26, 'targets.npy':2**32}  # no run comes near it; a file is not read to learn that it is none of ours
 
 def _load_array(path):
     "The array in an .npy file, mapped and not read: what its header promises must be there. Raises `OSError` or `ValueError`; nothing is unpickled."
@@ -125,9 +118,9 @@ class FMCSDataset:
     ):
         self.path,self._keep = Path(path),_keep
         try:
-            for f in _MAX_BYTES: _own(self.path/f)
-            if (self.path/'maps').is_symlink(): raise ValueError("maps is a link; a data set holds its own files")
-            self.card = json.loads((self.path/'card.json').read_text(encoding='utf-8'))
+            for f,most in _MAX_BYTES.items(): own_file(self.path/f, most)
+            if (self.path/'maps').is_symlink(): raise ValueError("maps is a link; the folder holds its own files")
+            self.card = read_json(self.path/'card.json')
             self.plan = TapPlan.from_dict(self.card['plan'])
             self.steps,self.snapshots = pd.read_csv(self.path/'steps.csv'),pd.read_csv(self.path/'snapshots.csv')
             self.targets = np.array(_load_array(self.path/'targets.npy'))
@@ -182,7 +175,7 @@ class FMCSDataset:
         i:int, # A snapshot
     ) -> np.ndarray: # (2, N, C, h, w) float16, read from disk as needed
         "The recorded maps of one tap at one snapshot: eval mode, then training mode."
-        try: maps = _load_array(_own(self._file(name, i)))
+        try: maps = _load_array(own_file(self._file(name, i), float('inf')))
         except (OSError, ValueError) as e: raise DatasetError(f"{self._file(name, i)} is damaged: {e}. Record the data set anew with FMCSRecorder.") from e
         want = (2, self.n_images, self.plan.channels[name])
         if maps.dtype != np.float16: raise DatasetError(f"{self._file(name, i)} holds {maps.dtype}, not float16. Record the data set anew with FMCSRecorder.")
@@ -207,9 +200,7 @@ class FMCSDataset:
     def _write_tables(self):
         self.card['rows'] = {'steps.csv':len(self.steps), 'snapshots.csv':len(self.snapshots)}
         for file,text in (('snapshots.csv', self.snapshots.to_csv(index=False, lineterminator='\n')), ('card.json', json.dumps(self.card, indent=1))):
-            part = self.path/f'{file}.part'  # whole or not at all, also when killed
-            part.write_text(text, encoding='utf-8')
-            os.replace(part, self.path/file)
+            with whole_file(self.path/file) as part: part.write_text(text, encoding='utf-8')
 
     def _repr_html_(self):
         run,fmcs = self.card['run'],self.fmcs
@@ -318,7 +309,7 @@ class FMCSRecorder(Callback):
         pd.DataFrame({'step':np.arange(len(losses)), 'loss':losses, 'lr':live['lrs']}).to_csv(live['path']/'steps.csv', index=False)
         snapshots = pd.DataFrame({'step':live['taken'], 'epoch':np.array(live['taken'])/live['card']['steps_per_epoch'], 'fmcs':np.nan})
         snapshots.to_csv(live['path']/'snapshots.csv', index=False)
-        (live['path']/'card.json').write_text(json.dumps(live['card'], indent=1), encoding='utf-8')
+        write_json(live['path']/'card.json', live['card'])
         dataset = FMCSDataset(live['path'], live['temporary'])
         self.datasets.append(dataset.relabel())
         return dataset

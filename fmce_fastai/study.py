@@ -12,16 +12,15 @@ __all__ = ['ARMS', 'NO_ALPHA', 'StudyError', 'Study', 'parts', 'has_alpha', 'var
 
 # %% ../nbs/10_study.ipynb #4052131e
 import hashlib
-import json
-import os
 import random
 import shutil
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 
 from . import __version__
 from .callback import FMCECallback, class_targets
+from .files import own_file, read_json, whole_file, write_json
 from .losses import FMCS_LOSSES, check_alpha
 from .oracle import FittedFMCENet, FMCENet, OracleFileError, same_class, tensors_sha256
 from .pretrain import named_bar
@@ -85,7 +85,7 @@ class Study:
         if self.fmcs_loss not in FMCS_LOSSES: raise StudyError(f"fmcs_loss is {self.fmcs_loss!r}; known are {' and '.join(map(repr, FMCS_LOSSES))}.")
         if self.head not in ('fastai', 'linear'): raise StudyError(f"head is {self.head!r}; accepted are 'fastai' and 'linear'.")
         for name,least in (('epochs', 1), ('bs', 2), ('size', 1), ('threads', 1), ('stage1_epochs', 0), ('n_train', 0), ('n_eval', 0), ('memory', 1)):
-            if getattr(self, name) < least: raise StudyError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < least: raise StudyError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least {least}.")
         for name in ('lrs', 'seeds', 'alphas'):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values): raise StudyError(f"{name} is {values}; give one or more different values.")
@@ -97,7 +97,7 @@ class Study:
     def must_choose(self, arm):
         "Is there a rate to choose for `arm`, or, in the primary contrast, an alpha? The other arms are reported at all alphas."
         return len(self.lrs) > 1 or arm == self.primary and len(_alphas(self, arm)) > 1
-    def save(self, folder): _write_json(Path(folder)/'study.json', asdict(self))
+    def save(self, folder): write_json(Path(folder)/'study.json', asdict(self))
     @classmethod
     def load(cls, folder):
         path = Path(folder)/'study.json'
@@ -106,34 +106,10 @@ class Study:
         except StudyError: raise
         except Exception as e: raise StudyError(f"{path} holds no settings of a study ({e}). Restore it, or start in a new folder.") from e  # whatever a foreign value provokes
 
-@contextmanager
-def _whole(path):
-    "A temporary name to write to; becomes `path` at the end: the file is whole or as it was before."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        with suppress(OSError): part.unlink()
-
-def _write_json(path, values):
-    with _whole(path) as part: part.write_text(json.dumps(values, indent=1), encoding='utf-8')
-
-_MAX_BYTES = 2**26  # no file of a study comes near it, and a file is not read to learn that it is none
-
-def _own(path):
-    "`path`, if it is a file of the study's own: no link, no pipe or device, and not of a size that no study writes."
-    if path.is_symlink(): raise StudyError(f"{path} is a link; a study's folder holds its own files. Put the file itself there.")
-    if path.exists() and not path.is_file(): raise StudyError(f"{path} is no file. Delete it; what it held is done again.")
-    if path.exists() and path.stat().st_size > _MAX_BYTES: raise StudyError(f"{path} has {path.stat().st_size/1e9:.1f} GB, and at most {_MAX_BYTES/1e9:.2f} are read. Delete it; what it held is done again.")
-    return path
-
 def _read_json(path):
-    path = _own(Path(path))
-    try: return json.loads(path.read_text(encoding='utf-8'))
+    try: return read_json(path)
     except FileNotFoundError as e: raise StudyError(f"{path} is missing: {Path(path).parent} is no study's folder. Start one with run_study(study, folder).") from e
-    except (ValueError, OSError, RecursionError) as e: raise StudyError(f"{path} cannot be read ({e}). Delete it; what it held is done again.") from e
+    except (ValueError, OSError) as e: raise StudyError(f"{path} cannot be read ({e}). Delete it; what it held is done again.") from e
 
 # %% ../nbs/10_study.ipynb #a4461f77
 class _AddLoss(Callback):
@@ -425,8 +401,8 @@ def prepare_start(
             meta = dict(status=recorder.dataset.convergence().status)
             shutil.rmtree(path.with_suffix('.fmcs'), ignore_errors=True)
     tensors = {k:v.detach().cpu().clone().contiguous() for k,v in learn.model.state_dict().items()}
-    with _whole(path) as part: save_file(tensors, part)
-    _write_json(folder/'start'/f'{seed}.json', dict(seed=seed, sha256=tensors_sha256(tensors), **meta))
+    with whole_file(path) as part: save_file(tensors, part)
+    write_json(folder/'start'/f'{seed}.json', dict(seed=seed, sha256=tensors_sha256(tensors), **meta))
 
 # %% ../nbs/10_study.ipynb #4a4e781d
 @dataclass(frozen=True)
@@ -473,7 +449,7 @@ def run_job(
     row = dict(asdict(job), split=split, accuracy=float((p.argmax(1) == y).float().mean()), loss=float(F.nll_loss(p.clamp(min=1e-12).log(), y)), images=len(y), guess=float(y.bincount().max()/len(y)), steps=noted.steps, acted=acted,
                batches=noted.digest.hexdigest()[:16], start=_read_json(folder/'start'/f'{job.seed}.json')['sha256'][:16], seconds=round(time.perf_counter()-begun, 2), threads=study.threads, device=str(next(learn.model.parameters()).device),
                fmce_fastai=__version__, torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__)
-    _write_json(job.path(folder), row)
+    write_json(job.path(folder), row)
     return row
 
 # %% ../nbs/10_study.ipynb #ba0265f9
@@ -539,8 +515,7 @@ def read_rows(
     "The results so far: of the files in `runs`, and of `runs.csv` for those that the folder was kept without."
     folder,found = Path(folder),{}
     if (folder/'runs.csv').exists():
-        table = _own(folder/'runs.csv')
-        try: kept = pd.read_csv(table)
+        try: kept = pd.read_csv(own_file(folder/'runs.csv'))
         except (ValueError, OSError, pd.errors.ParserError) as e: raise StudyError(f"{folder/'runs.csv'} cannot be read ({e}). Delete it, if the runs are there; it is written anew.") from e
         for r in kept[[c for c in kept if not c.startswith('study_')]].to_dict('records'): found[_job_of(_checked(folder/'runs.csv', r)).name] = r
     if (folder/'runs').is_symlink(): raise StudyError(f"{folder/'runs'} is a link; a study's folder holds its own files. Put the folder itself there.")
@@ -608,7 +583,7 @@ def merge_studies(
         if name in here:
             if any(here[name][k] != theirs[k] for k in ('start', 'batches', 'steps')): raise StudyError(f"{name} was done in both folders from other weights or batches. Delete one of them.")
             continue
-        _write_json(folder/'runs'/f'{name}.json', theirs)
+        write_json(folder/'runs'/f'{name}.json', theirs)
         new += 1
     for p in (other/'start').glob('*') if (other/'start').is_dir() else []:
         if p.is_file() and not p.is_symlink() and not (folder/'start'/p.name).exists():

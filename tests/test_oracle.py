@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch, where):
         real = module.Path.write_bytes
         def write(self, data): real(self, data[:100]); raise full
         monkeypatch.setattr(module.Path, "write_bytes", write)
-    else: monkeypatch.setattr(module.os, "replace", lambda *a: (_ for _ in ()).throw(full))
+    else: monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(full))
     other = make(seed=5)
     card = dict(other.card)
     with pytest.raises(OSError, match="could not be written.*No space left") as e: other.save(file)

@@ -1,8 +1,10 @@
 "`fmce_report`: any network, any images, nothing printed; what it cannot take is refused in words."
+import numpy as np
 import pytest
 import torch
 from fastai.data.core import DataLoaders
 from fastai.vision.data import ImageDataLoaders, get_image_files
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,7 +34,6 @@ def test_images_without_labels():
         assert report.classes is None and report.table.images.tolist() == [24]*len(report.table) and "without class labels" in report.notes[-1]
 
 def test_files_without_labels(tmp_path):
-    from PIL import Image
     for i in range(20): Image.new("RGB", (16, 16), (12*i, 100, 0)).save(tmp_path/f"{i:02}.png")
     files = get_image_files(tmp_path)
     dls = ImageDataLoaders.from_lists(tmp_path, files, [str(i % 2) for i in range(20)], bs=8, num_workers=0, seed=0)
@@ -51,3 +52,37 @@ def test_other_things_are_refused(args, words):
 def test_nothing_is_printed(capsys):
     fmce_report(make_learner(), bar=False)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    "`fmce_report` as a shell calls it: its exit code and what it said."
+    from fmce_fastai.cli import fmce_report as run
+    def answer(*args, **kwargs):
+        try: run(*args, **kwargs)
+        except SystemExit as e: return e.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+    return answer
+
+
+def test_the_command_reads_images_in_no_classes(tmp_path, command):
+    rng = np.random.default_rng(0)
+    (tmp_path / "below").mkdir()
+    for i in range(20): Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(tmp_path / ("below" if i % 2 else ".") / f"{i}.png")
+    code, text = command("test_resnet", str(tmp_path), no_labels=True, size=32)
+    assert code == 0 and "Scored without class labels" in text and "32x32, all in it" in text and "20 images" in text
+    (tmp_path / "none").mkdir()
+    assert command("test_resnet", str(tmp_path / "none"), no_labels=True) == (1, f"fmce_report: There are no images in {tmp_path / 'none'}.\n")
+
+
+@pytest.mark.parametrize("option, path, words", [("plot", "/dev/null/x.png", "/dev/null is no folder"), ("csv", ".", "it is a folder"), ("images", "x.pdf", "ends in .png"), ("plot", "x", "ends in .png")])
+def test_outputs_that_cannot_be_written_are_told_before_anything_is_scored(option, path, words, command, tmp_path, monkeypatch):
+    import fmce_fastai.interpret
+    monkeypatch.setattr(fmce_fastai.interpret, "fmce_report", lambda *a, **k: pytest.fail("scored"))
+    monkeypatch.chdir(tmp_path)
+    code, text = command("test_resnet", size=32, **{option: path})
+    assert code == 1 and f"--{option} {path}: " in text and words in text and not list(tmp_path.iterdir())
+
+
+def test_the_network_is_no_option(command):
+    assert command("resnet7")[1].startswith("fmce_report: arch 'resnet7' is not known. Near it: ")

@@ -263,7 +263,7 @@ def test_a_folder_kept_without_its_runs_gives_the_same_table(tmp_path):
     study = Study(("plain", "scaled"), primary="scaled", **TINY)
     study.save(tmp_path)
     (tmp_path/"runs").mkdir()
-    for i, r in enumerate(planted({"scaled": [.5, 1.5, -.2]})): module._write_json(tmp_path/"runs"/f"{i}.json", r)
+    for i, r in enumerate(planted({"scaled": [.5, 1.5, -.2]})): module.write_json(tmp_path/"runs"/f"{i}.json", r)
     write_report(tmp_path)
     before, shown = (tmp_path/"table.csv").read_text(), read_rows(tmp_path)
     shutil.rmtree(tmp_path/"runs")

@@ -109,10 +109,10 @@ def untrained():
 def untrained_modules():
     "Stages that fmce_report says look untrained."
     from fmce_fastai.interpret import HIGH, LEAST_LEARNT
-    found, names = {}, {"fashion_mnist": "EfficientNet-Lite0, ImageNet weights", "digits": "small networks, 5 epochs on digits"}
+    found, names = {}, {"fashion_mnist": "EfficientNet-Lite0, ImageNet weights, on FashionMNIST", "digits_foreign": "the same, on handwritten digits", "digits_foreign_32": "the same, at 32 px", "digits": "small networks, 5 epochs on digits"}
     for r in rows_of("untrained_modules"):
         if r["number"] != "0" and r["learnt"] != "nan": found.setdefault((r["setting"], r["trained"]), []).append(float(r["learnt"]) < LEAST_LEARNT and float(r["fmcs"]) < HIGH)
-    rows = [[names[setting], {"True": "trained", "False": "never trained"}[trained], f"{sum(told)} of {len(told)}"] for (setting, trained), told in sorted(found.items(), reverse=True)]
+    rows = [[names[setting], {"True": "trained", "False": "never trained"}[trained], f"{sum(told)} of {len(told)}"] for (setting, trained), told in sorted(found.items(), key=lambda o: (list(names).index(o[0][0]), o[0][1] == "False"))]
     return table(["networks", "stages", "told as untrained"], rows)
 
 
@@ -198,7 +198,7 @@ def families():
     return table(["family", "smallest model", "pixels", "taps by default", "last map", "layout", "maps", "head"], rows)
 
 
-MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a class", "few-images/20-a-class": "the same, 20 images a class", "few-images/100-a-class": "the same, 100 images a class", "few-images/lite1-5-a-class": "EfficientNet-Lite1, ImageNet weights, 5 images a class",
+MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a class", "few-images/20-a-class": "the same, 20 images a class", "few-images/100-a-class": "the same, 100 images a class", "few-images/500-a-class": "the same, 500 images a class", "few-images/lite1-5-a-class": "EfficientNet-Lite1, ImageNet weights, 5 images a class",
        "scratch/shufflenet_v2_x0_5": "ShuffleNet v2 x0.5, 10,000 images, after 4 epochs of plain training", "scratch/resnet10t": "resnet10t, 10,000 images, after 10 epochs of plain training"}
 COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "MixUp": ("mixup",)}
 
