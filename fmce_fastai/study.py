@@ -781,6 +781,6 @@ def presets() -> dict: # Name -> {study's name: Study}
                 data='fashion_mnist', root='data', n_train=50, n_eval=3000, size=48, bs=25, arch='tf_efficientnet_lite0', weights='efficientnet-lite0', epochs=50, lrs=(3e-3,), body_lr=.3, freeze_norm=True, head='linear', channels_last=True, seeds=tuple(range(10)))
     more = replace(few, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal', 'ral-memory@0.97'), alphas=(.5, .9), n_train=200, epochs=20, size=64)
     few = {'5-a-class':few, '20-a-class':more, '100-a-class':replace(more, n_train=1000, bs=50, epochs=6),
-           '500-a-class':replace(more, n_train=5000, bs=50, epochs=3, lrs=(1e-3, 3e-3, 1e-2)),
+           '500-a-class':replace(more, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.9', 'ral-memory@0.97'), n_train=5000, bs=50, epochs=2, lrs=(1e-3, 3e-3)),
            'lite1-5-a-class':replace(few, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97'), arch='tf_efficientnet_lite1', weights='efficientnet-lite1')}
     return {'digits':{'digits':Study()}, 'paper':paper, 'paper-mini':mini, 'scratch':scratch, 'few-images':few}
