@@ -34,7 +34,7 @@ def test_pyproject_repeats_settings(settings):
 
 
 def test_requirements_are_lower_bounds(settings):
-    for field in ("requirements", "dev_requirements", "cam_requirements"):
+    for field in ("requirements", "dev_requirements", "cam_requirements", "docs_requirements"):
         for requirement in settings[field].split():
             assert ">=" in requirement and "==" not in requirement, requirement
 
