@@ -7,8 +7,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/pretrain.html.md"""
 # %% auto #0
 __all__ = ['SOURCES', 'TASKS', 'ARCHS', 'BATCHES', 'make_task', 'build', 'Run', 'grams', 'record_run', 'make_runs', 'read_runs',
            'absolute_progress', 'run_labels', 'stages_learnt', 'batch_features', 'tabulate', 'train_universal',
-           'judge_scores', 'marker_rows', 'is_spoilt', 'judge_left_out', 'named_bar', 'seen_by', 'pretrain',
-           'read_tables']
+           'judge_scores', 'marker_rows', 'is_spoilt', 'judge_left_out', 'end_with_parent', 'named_bar', 'seen_by',
+           'pretrain', 'read_tables']
 
 # %% ../nbs/09_pretrain.ipynb #0c284f2b
 import importlib
@@ -17,8 +17,9 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -590,7 +591,16 @@ def judge_left_out(
     return pd.DataFrame(table)
 
 # %% ../nbs/09_pretrain.ipynb #beb7cbd7
-def _one_thread(): torch.set_num_threads(1)
+def end_with_parent():
+    "To be called in a worker process: it ends when its parent does, however that ended. Else it would go on beside a run that is started anew."
+    def watch():
+        parent_process().join()
+        os._exit(1)
+    Thread(target=watch, daemon=True).start()
+
+def _worker():
+    torch.set_num_threads(1)
+    end_with_parent()
 
 def named_bar(gen, total, what):
     "fastprogress's bar with `what` beside it. Set afterwards: its console bar takes no `comment` when it is made, its notebook bar does."
@@ -602,7 +612,7 @@ def named_bar(gen, total, what):
 def _in_processes(fn, jobs, todo, what, bar=True):
     "`fn(*args)` for each of `todo`, one process per job."
     if not todo: return
-    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn'), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn'), initializer=_worker) as pool:
         waiting = [pool.submit(fn, *args) for args in todo]
         shown = named_bar(as_completed(waiting), len(waiting), what) if bar else as_completed(waiting)
         for done in shown: done.result()

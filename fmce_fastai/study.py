@@ -37,7 +37,7 @@ from .callback import FMCECallback, class_targets
 from .files import own_file, read_json, whole_file, write_json
 from .losses import FMCS_LOSSES, check_alpha
 from .oracle import FittedFMCENet, FMCENet, OracleFileError, same_class, tensors_sha256
-from .pretrain import named_bar
+from .pretrain import end_with_parent, named_bar
 from .taps import FeatureTap, TapError, image_size_kwargs, tap_plan, timm_head
 
 # %% ../nbs/10_study.ipynb #887fb5bd
@@ -532,7 +532,7 @@ def _work(fn, jobs, todo, what, bar):
     if jobs == 1:
         for args in shown(todo): fn(*args)
         return
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context('spawn'))
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context('spawn'), initializer=end_with_parent)
     try:
         for done in shown(as_completed([pool.submit(fn, *args) for args in todo])): done.result()
     except BaseException:

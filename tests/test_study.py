@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,6 +248,33 @@ def test_killed_five_times_it_ends_with_the_same_table(tmp_path):
     quiet(None, tmp_path/"killed", jobs=2)
     assert len(read_rows(tmp_path/"killed")) == 6 and stamps.items() <= finished().items()  # finished runs are not done again
     assert (tmp_path/"whole"/"table.csv").read_text() == (tmp_path/"killed"/"table.csv").read_text()
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the list of processes as Linux gives it")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    "They would go on beside a study that is started anew."
+    Study(("plain", "scaled"), primary="scaled", **{**TINY, "epochs": 40}).save(tmp_path/"study")
+    code = f"from fmce_fastai.study import run_study\nif __name__ == '__main__': run_study(None, {str(tmp_path/'study')!r}, jobs=2, bar=False)"
+    (tmp_path/"go.py").write_text(code)
+    p = subprocess.Popen([sys.executable, "-W", "ignore", tmp_path/"go.py"], start_new_session=True, stderr=subprocess.DEVNULL)
+    def living():
+        "Processes of the session that are no zombies."
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == p.pid and state != "Z": found.append(int(stat.parent.name))
+        return found
+    def wait(until, seconds=60):
+        limit = time.time() + seconds
+        while not until() and time.time() < limit: time.sleep(.1)
+        return until()
+    try:
+        assert wait(lambda: list((tmp_path/"study").glob("start/*.json"))) and len(living()) > 2
+        p.kill()
+        p.wait()
+        assert wait(lambda: not living(), 30), living()
+    finally:
+        with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
 
 def test_shards_are_merged_to_the_whole(tmp_path):
     study = Study(("plain", "scaled"), primary="scaled", **{**TINY, "seeds": (0, 1)})
