@@ -45,7 +45,7 @@ class Projected(FMCECallback):
         return view
 
 class Hinge(FMCECallback):
-    "RAL on the images whose FMCS is below 0.9."
+    "RAL on the images whose FMCS is below 0.9, mean over these; a step without any is plain."
     def _score(self, maps):
         s = super()._score(maps)
         return s._replace(valid=s.valid & (s.fmcs.detach() < .9))
@@ -64,7 +64,7 @@ class Watching(FMCECallback):
         return 1 - self.strength + self.strength*wanted/wanted.mean().clamp(min=1e-6)
 
 class ImageWeights(Watching):
-    "Each image's task loss, weighted by its FMCS (mean over the taps that count)."
+    "Each image's cross-entropy, weighted by its FMCS, mean over the taps that count; an image without a score at a tap counts there with the mean over all scored maps."
     def after_loss(self):
         super().after_loss()
         counts = self._counted.to(self.said.valid.device)

@@ -590,7 +590,8 @@ def fmce_report(
         model = _report_model(arch, weights, pretrained, size)
         found = report(model, dl, n_images, scorer, labels=not no_labels, seed=seed, control=control, bar=sys.stdout.isatty())
         print(f"{found}\n\nImages: {data}, {size}x{size}, {'all in it' if plain else 'validation split'}")
-        if csv: found.table.to_csv(csv, index=False)
+        if csv:
+            with _writing(Path(csv)) as part: found.table.to_csv(part, index=False)
         if plot: _plot(Path(plot), lambda: found.plot().figure)
         if images: _plot(Path(images), lambda: found.plot_images()[0,0].figure)
     _plain_command('fmce_report', run, ['data', 'weights', 'root', 'size', 'n_images', 'oracle'])
@@ -600,7 +601,7 @@ def _check_outputs(**paths):
     for option,path in paths.items():
         if path is None: continue
         path = Path(path)
-        above = next(o for o in path.absolute().parents if o.exists())
+        above = next((o for o in path.absolute().parents if o.exists()), path)
         if path.is_dir(): why = 'it is a folder'
         elif not above.is_dir(): why = f'{above} is no folder'
         elif not os.access(above, os.W_OK): why = f'the folder {above} is not writable'

@@ -30,10 +30,14 @@ def whole_file(
 
 def write_json(
     path, # File
-    values, # What JSON can hold, and what `float` turns into that
+    values, # What JSON can hold, and NumPy's numbers
 ):
-    "Write `values`, whole or not at all."
-    with whole_file(path) as part: part.write_text(json.dumps(values, indent=1, default=float), encoding='utf-8')
+    "Write `values`, whole or not at all. Raises `TypeError` for what JSON cannot hold."
+    with whole_file(path) as part: part.write_text(json.dumps(values, indent=1, default=_number), encoding='utf-8')
+
+def _number(o):
+    if hasattr(o, 'dtype') and not getattr(o, 'ndim', 0): return o.item()
+    raise TypeError(f"{type(o).__name__} is nothing that a JSON file holds")
 
 # %% ../nbs/00b_files.ipynb #0b00000a
 MAX_JSON = 2**26  # bytes; no card, row or table of settings comes near it

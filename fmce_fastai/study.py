@@ -34,7 +34,7 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 
 from . import __version__
 from .callback import FMCECallback, class_targets
-from .files import own_file, read_json, whole_file, write_json
+from .files import ForeignFileError, own_file, read_json, whole_file, write_json
 from .losses import FMCS_LOSSES, check_alpha
 from .oracle import FittedFMCENet, FMCENet, OracleFileError, same_class, tensors_sha256
 from .pretrain import end_with_parent, named_bar
@@ -108,6 +108,7 @@ class Study:
 
 def _read_json(path):
     try: return read_json(path)
+    except ForeignFileError as e: raise StudyError(f"{path}: {e}. Put the file itself there.") from e
     except FileNotFoundError as e: raise StudyError(f"{path} is missing: {Path(path).parent} is no study's folder. Start one with run_study(study, folder).") from e
     except (ValueError, OSError) as e: raise StudyError(f"{path} cannot be read ({e}). Delete it; what it held is done again.") from e
 
@@ -586,7 +587,7 @@ def merge_studies(
         write_json(folder/'runs'/f'{name}.json', theirs)
         new += 1
     for p in (other/'start').glob('*') if (other/'start').is_dir() else []:
-        if p.is_file() and not p.is_symlink() and not (folder/'start'/p.name).exists():
+        if p.is_file() and not p.is_symlink() and p.suffix != '.part' and not (folder/'start'/p.name).exists():
             (folder/'start').mkdir(exist_ok=True)
             shutil.copy2(p, folder/'start'/p.name)
     return new
