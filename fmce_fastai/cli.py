@@ -585,8 +585,9 @@ def fmce_report(
         from fmce_fastai.oracle import FMCENet
         _check_outputs(csv=csv, plot=plot, images=images)
         scorer = FMCENet.load(oracle) if oracle else FMCENet.universal()
-        plain = no_labels and root is None and Path(data).expanduser().is_dir()
-        dl = _plain_images(Path(data).expanduser(), size) if plain else get_dls(data, size=size, bs=64, **({} if root is None else {'root':root})).valid
+        folder = Path(data).expanduser()
+        plain = no_labels and root is None and folder.is_dir()
+        dl = _plain_images(folder, size) if plain else get_dls(data, size=size, bs=64, **({} if root is None else {'root':root})).valid
         model = _report_model(arch, weights, pretrained, size)
         found = report(model, dl, n_images, scorer, labels=not no_labels, seed=seed, control=control, bar=sys.stdout.isatty())
         print(f"{found}\n\nImages: {data}, {size}x{size}, {'all in it' if plain else 'validation split'}")

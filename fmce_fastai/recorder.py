@@ -9,7 +9,6 @@ __all__ = ['MODES', 'snapshot_steps', 'undisturbed', 'DatasetError', 'FMCSDatase
 
 # %% ../nbs/03_recorder.ipynb #9c98ea7c
 import html
-import json
 import shutil
 import tempfile
 import weakref
@@ -199,8 +198,8 @@ class FMCSDataset:
 
     def _write_tables(self):
         self.card['rows'] = {'steps.csv':len(self.steps), 'snapshots.csv':len(self.snapshots)}
-        for file,text in (('snapshots.csv', self.snapshots.to_csv(index=False, lineterminator='\n')), ('card.json', json.dumps(self.card, indent=1))):
-            with whole_file(self.path/file) as part: part.write_text(text, encoding='utf-8')
+        with whole_file(self.path/'snapshots.csv') as part: part.write_text(self.snapshots.to_csv(index=False, lineterminator='\n'), encoding='utf-8')
+        write_json(self.path/'card.json', self.card)
 
     def _repr_html_(self):
         run,fmcs = self.card['run'],self.fmcs

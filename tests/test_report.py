@@ -55,7 +55,7 @@ def test_nothing_is_printed(capsys):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch):
+def command(capsys):
     "`fmce_report` as a shell calls it: its exit code and what it said."
     from fmce_fastai.cli import fmce_report as run
     def answer(*args, **kwargs):
