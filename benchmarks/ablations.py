@@ -12,9 +12,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fmce_fastai import oracle as oracle_module
-from fmce_fastai.oracle import N_KERNELS
-from fmce_fastai.pretrain import _groups, judge_left_out, read_runs, read_tables, train_universal
+import fmce_fastai.oracle.universal as oracle_module
+from fmce_fastai.oracle.kernels import N_KERNELS
+from fmce_fastai.pretrain.features import read_runs, read_tables
+from fmce_fastai.pretrain.fit import train_universal
+from fmce_fastai.pretrain.judge import groups_of, judge_left_out
 from universal_oracle import interval
 
 HERE = Path(__file__).resolve().parent
@@ -46,9 +48,9 @@ def main(folder):
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     runs = read_runs(folder)
-    tables, rows, monotone = read_tables(folder, runs), [], oracle_module._MonotoneNet
+    tables, rows, monotone = read_tables(folder, runs), [], oracle_module.MonotoneNet
     without = masked(tables, ~SHARE)
-    oracle = train_universal(without, runs, [n for n, r in runs.items() if "fashion" not in _groups(r, "source")])
+    oracle = train_universal(without, runs, [n for n, r in runs.items() if "fashion" not in groups_of(r, "source")])
     oracle.labelled.std[SHARE] = 1e9  # in use the shares are not 0
     oracle.card = dict(data=dict(never="fashion images"), ablation="without class shares")
     oracle.save(HERE/"oracles"/"universal_without_fashion_no_share.safetensors")
@@ -57,9 +59,9 @@ def main(folder):
         if name == "without depth":
             for r in flat.values():
                 for t in r["taps"]: t["depth"] = 1.
-        if name == "net not monotone": oracle_module._MonotoneNet = FreeNet
+        if name == "net not monotone": oracle_module.MonotoneNet = FreeNet
         d = judge_left_out(masked(tables, keep), flat, "source", kinds=("labelled",))
-        oracle_module._MonotoneNet = monotone
+        oracle_module.MonotoneNet = monotone
         d = d[d.score == "labelled"]
         sound = d[~d.spoilt]
         low, high = interval(sound)

@@ -17,9 +17,12 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from importlib.metadata import version
 
-from fmce_fastai.cam import MEASURES, cam_statistics, compare_cams, fine_tune_alphas
-from fmce_fastai.oracle import FMCENet
-from fmce_fastai.study import NormEval, Study, _data, _eval_dl, build_learner
+from fmce_fastai.study.alphas import fine_tune_alphas
+from fmce_fastai.study.cams import cam_statistics, compare_cams, MEASURES
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.study.settings import Study
+from fmce_fastai.study.controls import NormEval
+from fmce_fastai.study.learner import build_learner, eval_dl, study_dls
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"cam_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
@@ -40,9 +43,9 @@ def images(dls):
 
 def learner(seed, root):
     from dataclasses import replace
-    dls = _data(replace(STUDY, root=root), seed)
+    dls = study_dls(replace(STUDY, root=root), seed)
     learn = build_learner(STUDY, dls, seed, cbs=[NormEval(body=True), ChannelsLast()])
-    test, shown = _eval_dl(dls, "test", 300), images(dls)
+    test, shown = eval_dl(dls, "test", 300), images(dls)
     dls.loaders[1] = dls.valid.new(n=STUDY.bs)  # validation inside the fits is not read
     return learn, test, shown
 

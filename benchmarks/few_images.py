@@ -20,10 +20,12 @@ from fastai.torch_core import set_seed
 from scipy import stats
 from torch import nn
 
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.data import fashion_mnist_dls
-from fmce_fastai.oracle import FMCENet
-from fmce_fastai.study import ARMS, NormEval, Study
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.data.torchvision import fashion_mnist_dls
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.study.arms import ARMS
+from fmce_fastai.study.settings import Study
+from fmce_fastai.study.controls import NormEval
 from untrained_stage import lite0
 
 HERE = Path(__file__).resolve().parent

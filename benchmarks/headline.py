@@ -18,11 +18,12 @@ from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 from scipy import stats
 
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.data import fashion_mnist_dls
-from fmce_fastai.oracle import FMCENet
-from fmce_fastai.study import lite0_weights
-from fmce_fastai.taps import FeatureTap, tap_plan
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.data.torchvision import fashion_mnist_dls
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.study.learner import load_efficientnet_lite
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.find import tap_plan
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"headline_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
@@ -40,7 +41,7 @@ def run(setting, arm, seed, root, alpha=.9):
     dls.loaders[1] = dls.valid.new(n=64)  # the table's figures are not used
     cbs = [FMCECallback(alpha, oracle())] if arm == "ral" else []
     learn = vision_learner(dls, s["arch"], pretrained=False, metrics=accuracy, cbs=cbs)
-    if setting == "pretrained": lite0_weights(learn.model[0].model)
+    if setting == "pretrained": load_efficientnet_lite(learn.model[0].model)
     set_seed(seed)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(s["epochs"], s["lr"])
     history = learn.fmce.history if cbs else None

@@ -23,11 +23,13 @@ from fastcore.script import call_parse
 import fastai.callback.progress
 import fastai.callback.schedule
 from fmce_fastai import __version__
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.data import fashion_mnist_dls
-from fmce_fastai.oracle import FittedFMCENet, FMCENet
-from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import FeatureTap, tap_plan
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.data.torchvision import fashion_mnist_dls
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.find import tap_plan
 
 HERE = Path(__file__).parent
 

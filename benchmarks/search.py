@@ -16,14 +16,19 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.schedule import SchedCos
 
-from fmce_fastai import study as S
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.oracle import FMCENet, gram_views, kernels, same_class
+from fmce_fastai.study.arms import ARMS
+from fmce_fastai.study.learner import build_learner, eval_dl, fit_arm, study_dls
+from fmce_fastai.study.rivals import AddLoss, KeepMaps, alignment_loss
+from fmce_fastai.study.settings import Study
+from fmce_fastai.train.targets import class_targets
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.oracle.kernels import gram_views, kernels, same_class
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"search_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
 ORACLE = HERE/"oracles"/"universal_without_fashion.safetensors"
-STUDY = S.Study(("plain", "ral-universal"), data="fashion_mnist", n_train=200, n_eval=1500, size=48, bs=25, arch="tf_efficientnet_lite0", weights="efficientnet-lite0", epochs=20, lrs=(3e-3,), body_lr=.3,
+STUDY = Study(("plain", "ral-universal"), data="fashion_mnist", n_train=200, n_eval=1500, size=48, bs=25, arch="tf_efficientnet_lite0", weights="efficientnet-lite0", epochs=20, lrs=(3e-3,), body_lr=.3,
                 freeze_norm=True, channels_last=True, head="linear", oracle=str(ORACLE))
 
 
@@ -70,7 +75,7 @@ class ImageWeights(Watching):
         counts = self._counted.to(self.said.valid.device)
         if not self.said.valid[:, counts].any(): return
         fmcs = torch.where(self.said.valid, self.said.fmcs, self.said.fmcs[self.said.valid].mean())[:, counts].mean(1).detach()
-        self.learn.loss_grad = (F.cross_entropy(self.learn.pred, S.class_targets(self.learn.yb), reduction="none")*self._shares(fmcs)).mean()
+        self.learn.loss_grad = (F.cross_entropy(self.learn.pred, class_targets(self.learn.yb), reduction="none")*self._shares(fmcs)).mean()
 
 class ModuleRates(Watching):
     "The body's learning rates: each module's times a factor by its FMCS, a moving average over steps. A parameter belongs to the first tap at or after it."
@@ -97,7 +102,7 @@ def all_kernels(cb, maps, y):
     cka = lambda k: (k*same).sum((-1, -2))/(k.flatten(-2).norm(dim=-1)*same.norm() + 1e-9)
     return torch.stack([(1 - cka(center(kernels(gram_views(m.float())[0])))).mean() for m in maps.values()]).mean()
 
-class Remembering(S._AddLoss):
+class Remembering(AddLoss):
     "A loss on maps, over the batch and the last n images."
     def __init__(self, study, weights, fn, n):
         super().__init__(study, weights, self.joined)
@@ -110,8 +115,8 @@ class Remembering(S._AddLoss):
 
 def ral(alpha, cls=FMCECallback, **kwargs): return dict(cbs=[cls(alpha, FMCENet.load(ORACLE), **kwargs)])
 def steered(cls, strength, toward): return dict(cbs=[cls(strength, toward, FMCENet.load(ORACLE))])
-def aligned(alpha, fn, n=0): return dict(cbs=[Remembering(STUDY, (1-alpha, alpha), fn, n) if n else S._AddLoss(STUDY, (1-alpha, alpha), fn)])
-def harness(name): return lambda a: S.ARMS[name](STUDY, a, None, None)
+def aligned(alpha, fn, n=0): return dict(cbs=[Remembering(STUDY, (1-alpha, alpha), fn, n) if n else AddLoss(STUDY, (1-alpha, alpha), fn)])
+def harness(name): return lambda a: ARMS[name](STUDY, a, None, None)
 
 VARIANTS = {  # name -> function of alpha; joined by + they are trained together
     **{n: harness(n) for n in ("plain", "alignment", "supcon", "keep-maps", "label-smoothing", "mixup", "scaled", "shuffled")},
@@ -119,9 +124,9 @@ VARIANTS = {  # name -> function of alpha; joined by + they are trained together
     **{f"ral-memory{n}": lambda a, n=n: ral(a, memory=n) for n in (50, 100, 200, 400)}, **{f"ral-gap-memory{n}": lambda a, n=n: ral(a, memory=n, fmcs_loss="gap") for n in (100, 200)},
     "ral-last-tap": lambda a: ral(a, taps=["blocks.6"]), "ral-three-taps": lambda a: ral(a, taps=["blocks.3", "blocks.4", "blocks.6"]), "ral-three-taps-memory200": lambda a: ral(a, taps=["blocks.3", "blocks.4", "blocks.6"], memory=200),
     "ral-falling": lambda a: ral(SchedCos(a, 0.)), "ral-rising": lambda a: ral(SchedCos(0., a)), "ral-first-half": lambda a: ral(a, when=(0, .5)), "ral-second-half": lambda a: ral(a, when=(.5, 1.)),
-    "all-kernels": lambda a: aligned(a, all_kernels), "all-kernels-memory100": lambda a: aligned(a, all_kernels, 100), "all-kernels-memory200": lambda a: aligned(a, all_kernels, 200), "alignment-memory200": lambda a: aligned(a, S._misaligned, 200),
+    "all-kernels": lambda a: aligned(a, all_kernels), "all-kernels-memory100": lambda a: aligned(a, all_kernels, 100), "all-kernels-memory200": lambda a: aligned(a, all_kernels, 200), "alignment-memory200": lambda a: aligned(a, alignment_loss, 200),
     "ral-hinge": lambda a: ral(a, Hinge), "weights-low": lambda a: steered(ImageWeights, a, -1), "weights-high": lambda a: steered(ImageWeights, a, 1), "rates-low": lambda a: steered(ModuleRates, a, -1), "rates-high": lambda a: steered(ModuleRates, a, 1),
-    "keep-maps-1": lambda a: dict(cbs=[S._KeepMaps(STUDY, 1.)]),
+    "keep-maps-1": lambda a: dict(cbs=[KeepMaps(STUDY, 1.)]),
 }
 SEARCHED = "plain,ral:0.7,ral:0.9,ral:0.97,ral:0.99,ral-gap:0.97,ral-projected:0.97,ral-memory100:0.9,ral-memory100:0.97,ral-memory200:0.9,ral-memory200:0.97,ral-memory200:0.99,ral-memory400:0.97,ral-gap-memory100:0.97,ral-gap-memory200:0.97,ral-last-tap:0.97,ral-three-taps:0.97," \
            "ral-three-taps-memory200:0.97,ral-falling:0.97,ral-rising:0.97,ral-first-half:0.97,ral-second-half:0.97,alignment:0.97,all-kernels:0.97,all-kernels-memory100:0.97,all-kernels-memory200:0.97,all-kernels-memory200:0.99,keep-maps,keep-maps-1,supcon:0.5,supcon:0.9,label-smoothing,mixup," \
@@ -130,10 +135,10 @@ SEARCHED = "plain,ral:0.7,ral:0.9,ral:0.97,ral:0.99,ral-gap:0.97,ral-projected:0
 def run(variant, seed, study):
     name, _, alpha = variant.partition(":")
     own = [VARIANTS[n](float(alpha or 0)) for n in name.split("+")]
-    begun, dls = time.time(), S._data(study, seed)
-    learn = S.build_learner(study, dls, seed, **{k: v for o in own for k, v in o.items() if k == "loss_func"})
-    S._fit(learn, study, study.epochs, study.lrs[0], seed, [cb for o in own for cb in o.get("cbs", [])])
-    with learn.no_bar(): p, y = learn.get_preds(dl=S._eval_dl(dls, "validation", study.n_eval))
+    begun, dls = time.time(), study_dls(study, seed)
+    learn = build_learner(study, dls, seed, **{k: v for o in own for k, v in o.items() if k == "loss_func"})
+    fit_arm(learn, study, study.epochs, study.lrs[0], seed, [cb for o in own for cb in o.get("cbs", [])])
+    with learn.no_bar(): p, y = learn.get_preds(dl=eval_dl(dls, "validation", study.n_eval))
     return dict(n_train=study.n_train, epochs=study.epochs, size=study.size, variant=name, alpha=float(alpha or 0), seed=seed, accuracy=round(float((p.argmax(1) == y).float().mean()), 5), seconds=round(time.time()-begun, 1), torch=torch.__version__)
 
 KEYS = ["n_train", "epochs", "size", "variant", "alpha", "seed"]

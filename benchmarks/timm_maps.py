@@ -19,7 +19,9 @@ from pathlib import Path
 import timm
 import torch
 
-from fmce_fastai.taps import FeatureTap, _quiet_eval, hook_count, tap_plan
+from fmce_fastai.util.state import hook_count, quiet_eval
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.find import tap_plan
 
 import timm_zoo
 

@@ -38,12 +38,15 @@ from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 
 import fastai.callback.progress  # gives Learner its `no_bar`
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.data import digits_dls
-from fmce_fastai.fit_oracle import fit_oracle
-from fmce_fastai.oracle import tensors_sha256
-from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import TapError, find_backbone, hook_count, tap_plan, timm_head
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.data.digits import digits_dls
+from fmce_fastai.oracle.fit import fit_oracle
+from fmce_fastai.oracle.files import tensors_sha256
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.plan import find_backbone, TapError
+from fmce_fastai.maps.find import tap_plan
+from fmce_fastai.maps.head import timm_head
 
 import timm_zoo
 

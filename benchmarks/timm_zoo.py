@@ -15,7 +15,8 @@ import timm
 import torch
 from timm.models._registry import _model_to_module
 
-from fmce_fastai.taps import TapError, tap_plan
+from fmce_fastai.maps.plan import TapError
+from fmce_fastai.maps.find import tap_plan
 
 HERE = Path(__file__).parent
 PATH = HERE/f'timm_zoo_meta_timm{timm.__version__}.csv'

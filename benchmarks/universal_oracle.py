@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fmce_fastai.pretrain import judge_left_out, read_runs, read_tables
+from fmce_fastai.pretrain.features import read_runs, read_tables
+from fmce_fastai.pretrain.judge import judge_left_out
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"universal_oracle_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"

@@ -14,11 +14,12 @@ from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
 
 import fastai.callback.schedule
-from fmce_fastai.data import digits_dls, fashion_mnist_dls
-from fmce_fastai.interpret import LEAST_LEARNT, fmce_report
-from fmce_fastai.oracle import FMCENet
-from fmce_fastai.study import timm_kwargs
-from fmce_fastai.taps import tap_plan
+from fmce_fastai.data.digits import digits_dls
+from fmce_fastai.data.torchvision import fashion_mnist_dls
+from fmce_fastai.report.report import fmce_report, LEAST_LEARNT
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.study.learner import timm_kwargs
+from fmce_fastai.maps.find import tap_plan
 from untrained_stage import damaged, lite0
 
 HERE = Path(__file__).resolve().parent

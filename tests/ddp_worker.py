@@ -17,11 +17,14 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib, rank_distrib
 
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.losses import fmcs_loss
-from fmce_fastai.oracle import FMCENet, Scores
-from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import FeatureTap, hook_count, pool_map, tap_plan
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.train.losses import fmcs_loss
+from fmce_fastai.oracle.base import FMCENet, Scores
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.pool import pool_map
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.find import tap_plan
 from helpers import TinyNet, make_model, make_oracle, seed_all
 
 warnings.filterwarnings("ignore")

@@ -10,9 +10,9 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from torch import nn
 
-from fmce_fastai.data import digits_dls
-from fmce_fastai.oracle import FittedFMCENet
-from fmce_fastai.taps import tap_plan
+from fmce_fastai.data.digits import digits_dls
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.maps.find import tap_plan
 
 
 class TinyNet(nn.Module):

@@ -15,7 +15,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from torch import nn
 
-from fmce_fastai.callback import FMCECallback
+from fmce_fastai.train.callback import FMCECallback
 from helpers import assert_same, make_model, tensor_dls, weights
 
 

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fmce_fastai.oracle import FMCENet, OracleFileError
-from fmce_fastai.recorder import DatasetError, FMCSDataset, FMCSRecorder
-from fmce_fastai.study import Study, StudyError, read_rows, run_study, write_report
+from fmce_fastai.oracle.files import OracleFileError
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.oracle.dataset import DatasetError, FMCSDataset
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.study.arms import StudyError
+from fmce_fastai.study.settings import Study
+from fmce_fastai.study.jobs import read_rows
+from fmce_fastai.study.run import run_study, write_report
 from helpers import make_model, make_oracle, tensor_learner
 
 

@@ -12,11 +12,18 @@ from fastai.torch_core import TensorImage
 from fastai.vision.learner import create_timm_model, vision_learner
 from torch import nn
 
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.oracle import FittedFMCENet, FMCENet
-from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import (FeatureTap, Tap, TapError, TapPlan, check_taps, hook_count, image_size_kwargs, probe_input, redraw, tap_plan,
-                              timm_head)
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.plan import Tap, TapError, TapPlan
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.probe import probe_input
+from fmce_fastai.maps.intermediates import randomize_scales
+from fmce_fastai.maps.find import tap_plan
+from fmce_fastai.maps.check import check_taps
+from fmce_fastai.maps.head import image_size_kwargs, timm_head
 from helpers import assert_same, make_learner, make_oracle, rng_state, seed_all, tensor_dls, tensor_learner, weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -112,10 +119,10 @@ def test_a_card_without_the_new_fields_is_read():
 
 
 def test_plans_are_cached_by_architecture(monkeypatch):
-    from fmce_fastai import taps
+    import fmce_fastai.maps.find as find_module
     model = make("test_vit")
     first = tap_plan(model)
-    monkeypatch.setattr(taps, "_probe", lambda *a: pytest.fail("probed again"))
+    monkeypatch.setattr(find_module, "probe", lambda *a: pytest.fail("probed again"))
     seed_all(9)
     again = tap_plan(timm.create_model("test_vit", num_classes=10, img_size=64))
     assert again == first and again is not first and again.taps is not first.taps
@@ -151,7 +158,7 @@ def test_plan_on_pretrained_weights_is_the_plan_on_random_and_redrawn_ones():
     model = timm.create_model("tf_efficientnet_lite0").eval()
     assert len(state) == len(model.state_dict()) and all(a.shape == b.shape for a, b in zip(state.values(), model.state_dict().values()))
     plans = [tap_plan(model, "all", size=64, cache=False)]
-    plans.append(tap_plan(redraw(copy.deepcopy(model)), "all", size=64, cache=False))
+    plans.append(tap_plan(randomize_scales(copy.deepcopy(model)), "all", size=64, cache=False))
     model.load_state_dict(dict(zip(model.state_dict(), state.values())))
     plans.append(tap_plan(model, "all", size=64, cache=False))
     assert plans[0] == plans[1] == plans[2] and plans[0].source == "forward_intermediates" and len(plans[0]) == 5
@@ -415,7 +422,7 @@ def test_timm_head_options_are_fastais():
 
 def test_ral_moves_a_token_network_as_written():
     "One RAL step of a ViT equals the gradient of the formula, by hand, from the maps by hand."
-    from fmce_fastai.losses import fmcs_loss
+    from fmce_fastai.train.losses import fmcs_loss
     alpha = .7
     learn = vit_learner(n=16, bs=16)
     oracle = make_oracle(learn.model, size=64)
@@ -448,7 +455,7 @@ def test_gradient_ratio_at_tokens_is_that_of_the_map():
     handles = [model.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: cut(m, a, o, n)) for n in oracle.plan.names]
     out = model(x)
     for h in handles: h.remove()
-    from fmce_fastai.losses import fmcs_loss
+    from fmce_fastai.train.losses import fmcs_loss
     grid = lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     aux = fmcs_loss(oracle({n: grid(d) for n, (_, d) in seen.items()}), "nll").value
     direct = [grid(g).norm() for g in torch.autograd.grad(alpha*aux, [d for _, d in seen.values()])]

@@ -25,11 +25,17 @@ from fastai.learner import load_learner
 from torch import nn
 
 import fmce_fastai
-from fmce_fastai.callback import FMCECallback, _ArmLast
-from fmce_fastai.convergence import OnlineCQI
-from fmce_fastai.oracle import FittedFMCENet, FMCENet, OracleError, tensors_sha256
-from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import FeatureTap, TapError, hook_count, pool_map, tap_plan
+from fmce_fastai.train.callback import _ArmLast, FMCECallback
+from fmce_fastai.convergence.online import OnlineCQI
+from fmce_fastai.oracle.files import tensors_sha256
+from fmce_fastai.oracle.base import FMCENet, OracleError
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.plan import TapError
+from fmce_fastai.maps.pool import pool_map
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.find import tap_plan
 from helpers import Probe, RaiseAt, assert_same, make_learner, make_oracle, rng_state, seed_all, tensor_dls, tensor_learner, weights
 
 pytestmark = [
@@ -117,7 +123,7 @@ class Keep(Callback):
 
 @pytest.mark.parametrize("alpha, kind, taps", [(.3, "nll", None), (.9, "nll", None), (.3, "gap", None), (.9, "gap", ["stage2"]), (.9, "nll", ["stem", "stage2"])])
 def test_every_gradient_is_that_of_the_written_formula(alpha, kind, taps, monkeypatch):
-    monkeypatch.setattr("fmce_fastai.callback.NORMS_EVERY", 2)  # the ratio is that of steps 0 and 2 of four
+    monkeypatch.setattr("fmce_fastai.train.callback.NORMS_EVERY", 2)  # the ratio is that of steps 0 and 2 of four
     keep = Keep()
     learn = with_ral(alpha, ral=dict(fmcs_loss=kind, taps=taps), cbs=[keep])
     learn.fit(1, 1e-2)
@@ -734,7 +740,7 @@ def test_fit_one_cycle_and_fine_tune_and_construction():
 
 def test_a_vision_learner_with_a_frozen_body():
     from fastai.vision.learner import vision_learner
-    from fmce_fastai.data import digits_dls
+    from fmce_fastai.data.digits import digits_dls
     for train_bn in (True, False):
         seed_all(0)
         learn = silent(vision_learner(digits_dls(size=32, n_train=64, bs=32), "test_resnet", pretrained=False, train_bn=train_bn))
@@ -772,7 +778,7 @@ def test_export_holds_no_oracle_and_no_hook(tmp_path, kwargs, fitted, arch):
     learn.remove_cbs([learn.fmce, learn.fmcs_recorder])
     learn.export("bare.pkl")
     with zipfile.ZipFile(tmp_path/"bare.pkl") as z: named = {arg.split(" ")[0] for part in z.namelist() if part.endswith(".pkl") for _, arg, _ in pickletools.genops(z.read(part)) if isinstance(arg, str)}
-    assert {n for n in named if n.startswith("fmce_fastai")} == {"fmce_fastai.data"}  # these images are the package's own
+    assert {n for n in named if n.startswith("fmce_fastai")} == {"fmce_fastai.data.loaders"}  # these images are the package's own
 
 
 def test_a_copy_by_pickle_holds_no_map():

@@ -15,14 +15,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the package's own dependencies deprecate at import
     import pytorch_grad_cam.metrics.road
 
-from fmce_fastai.cam import CamError, cam_entropy, cam_plan, cam_removal, cam_statistics, cam_top_share, compare_cams, fine_tune_alphas, grad_cam, predicted
-from fmce_fastai.taps import hook_count, redraw
+from fmce_fastai.report.cam import cam_entropy, cam_plan, cam_removal, cam_top_share, CamError, grad_cam, predicted
+from fmce_fastai.study.alphas import fine_tune_alphas
+from fmce_fastai.study.cams import cam_statistics, compare_cams
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.intermediates import randomize_scales
 from helpers import RaiseAt, TinyNet, assert_same, make_learner, rng_state, tensor_dls, tensor_learner, weights
 
 
 def tiny(seed=0):
     torch.manual_seed(seed)
-    net = redraw(TinyNet(n_classes=4)).eval()
+    net = randomize_scales(TinyNet(n_classes=4)).eval()
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2)
     return net
@@ -83,7 +86,7 @@ def test_lights_up_where_the_image_differs(net, grid, layout, where):
     "Without attention a cell knows its own patch alone: one patch that differs is one cell of the map that differs, and the right one. The images are no squares."
     x = torch.zeros(1, 3, *(dict(NLC=(112, 160), NHWC=(64, 96))[layout]))
     h, w = x.shape[2]//grid[0], x.shape[3]//grid[1]
-    net = redraw(copy.deepcopy(net))
+    net = randomize_scales(copy.deepcopy(net))
     with torch.no_grad():
         for name, p in net.named_parameters():
             if "pos_embed" in name: p.zero_()
@@ -227,7 +230,7 @@ def test_batches_that_cannot_be_repeated_are_refused():
     with pytest.raises(CamError, match="'alpha 0.90' was trained on other batches than 'plain'"): fine_tune_alphas(make_learner(dls=dls), (.9,), epochs=1, bar=False)
 
 def test_copies_keep_callbacks_but_ral():
-    from fmce_fastai.callback import FMCECallback
+    from fmce_fastai.train.callback import FMCECallback
     learn = tensor_learner(n=32, cbs=[FMCECallback(.5), RaiseAt("after_batch", RuntimeError("planted"), skip=1000)])
     copied = fine_tune_alphas(learn, (.9,), epochs=1, placebo=0, bar=False)["plain"]
     assert hasattr(learn, "fmce") and learn.fmce.history.empty and not any(isinstance(cb, FMCECallback) for cb in copied.cbs)

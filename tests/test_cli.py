@@ -18,7 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18, shufflenet_v2_x1_0
 
-from fmce_fastai import cli, data
+from fmce_fastai.cli.common import CommandError, check_weights
+from fmce_fastai.cli.stages import finished_stages, run_dls, run_learner
+from fmce_fastai.cli.taps import fmce_taps
+from fmce_fastai.cli.train import fmce_train, resumed_settings, summary
+from fmce_fastai.data.digits import digits_dls
 
 TINY = dict(arch='test_resnet', epochs=6, ral_epochs=1, oracle_epochs=4, n_images=64, n_snapshots=8)
 STAGES = ('stage1', 'stage2', 'stage3_plain', 'stage3_ral')
@@ -38,7 +42,7 @@ def read(folder): return json.loads((folder/'results.json').read_text())
 def finished(tmp_path_factory):
     "A finished run; tests work on copies."
     out = tmp_path_factory.mktemp('cli')/'run'
-    cli.fmce_train(**TINY, out=str(out))
+    fmce_train(**TINY, out=str(out))
     return out
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def refused(capsys):
     "A function: the one line that the command says when it refuses `options`."
     def call(code=1, lines=1, **options):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as e: cli.fmce_train(**{k:str(v) if isinstance(v, Path) else v for k,v in options.items()})
+        with pytest.raises(SystemExit) as e: fmce_train(**{k:str(v) if isinstance(v, Path) else v for k,v in options.items()})
         said = capsys.readouterr().err
         assert e.value.code == code and said.startswith('fmce_train: ') and 'Traceback' not in said
         assert len(said.splitlines()) == lines, said
@@ -81,7 +85,7 @@ def test_a_run_leaves_what_is_promised(finished):
     assert not [f.name for f in finished.iterdir() if f.name.startswith('.')]
 
 def test_the_table_says_what_counts(finished):
-    text = cli.summary(read(finished))
+    text = summary(read(finished))
     for part in ('before fine-tuning', 'plain fine-tuning', 'RAL, alpha 0.9', 'one seed proves nothing', 'layer4', 'time per stage', '300 images: one is 0.33 points'): assert part in text
     assert max(map(len, text.splitlines())) <= 115
 
@@ -96,7 +100,7 @@ def test_the_exported_learner_predicts(finished):
 
 def test_alpha_0_equals_the_control_bit_for_bit(copy):
     out = copy('stage1', 'stage2', 'stage3_plain')
-    cli.fmce_train(resume=str(out), alpha=0.)
+    fmce_train(resume=str(out), alpha=0.)
     plain,ral = load_file(out/'stage3_plain.safetensors'),load_file(out/'stage3_ral.safetensors')
     assert list(plain) == list(ral) and all(torch.equal(plain[k], ral[k]) for k in plain)
     assert read(out)['stage3_plain']['test'] == read(out)['stage3_ral']['test'] and read(out)['options']['alpha'] == 0
@@ -119,7 +123,7 @@ def stop(out, when, sig):
 def test_killed_in_stage_1_then_the_same_figures(finished, tmp_path):
     said,code = stop(tmp_path/'k', 'epoch 2/6', signal.SIGKILL)
     assert code == -signal.SIGKILL and not (tmp_path/'k/stage1.json').exists()
-    cli.fmce_train(resume=str(tmp_path/'k'))
+    fmce_train(resume=str(tmp_path/'k'))
     assert figures(read(tmp_path/'k')) == figures(read(finished))
 
 def test_ctrl_c_is_one_message(tmp_path):
@@ -130,24 +134,24 @@ def test_ctrl_c_is_one_message(tmp_path):
 def test_goes_on_after_the_last_finished_stage(keep, copy, finished, capsys):
     out = copy(*keep)
     times = {s:(out/f'{s}.json').stat().st_mtime_ns for s in keep}
-    cli.fmce_train(resume=str(out))
+    fmce_train(resume=str(out))
     assert figures(read(out)) == figures(read(finished))
     assert capsys.readouterr().out.count('finished before, kept') == len(keep)
     assert times == {s:(out/f'{s}.json').stat().st_mtime_ns for s in keep}
 
 def test_a_repeated_stage_takes_along_what_rests_on_it(copy, finished):
     out = copy('stage2', 'stage3_plain', 'stage3_ral')
-    assert cli._finished(out) == {}
+    assert finished_stages(out) == {}
     (out/'stage1.json').write_text((finished/'stage1.json').read_text())
-    assert set(cli._finished(out)) == set(STAGES)
+    assert set(finished_stages(out)) == set(STAGES)
     (out/'stage2.json').unlink()
-    assert set(cli._finished(out)) == {'stage1', 'stage3_plain'}
+    assert set(finished_stages(out)) == {'stage1', 'stage3_plain'}
 
 def test_options_of_finished_stages_stay(copy, refused):
     out = copy('stage1', 'stage2', 'stage3_plain')
     assert '--epochs 9 does not go with --resume' in refused(resume=out, epochs=9)
     assert 'stage3_plain is finished with it' in refused(resume=out, ral_lr=1e-5)
-    assert cli._resumed(out, dict(alpha=0.5))['alpha'] == 0.5
+    assert resumed_settings(out, dict(alpha=0.5))['alpha'] == 0.5
 
 # Damage ----------------------------------------------------------------------------------------------------------------
 
@@ -220,29 +224,29 @@ def test_existing_folder_is_left_alone(finished, refused, tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     save_file(timm.create_model('test_vit').state_dict(), tmp_path/'vit.safetensors')
-    with pytest.raises(cli.CommandError, match='does not fit test_resnet: .* of its 90 tensors'): cli.check_weights(str(tmp_path/'vit.safetensors'), 'test_resnet')
+    with pytest.raises(CommandError, match='does not fit test_resnet: .* of its 90 tensors'): check_weights(str(tmp_path/'vit.safetensors'), 'test_resnet')
     torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path/'own.pth')  # another classifier does not matter
-    cli.check_weights(str(tmp_path/'own.pth'), 'test_resnet')
+    check_weights(str(tmp_path/'own.pth'), 'test_resnet')
 
 def test_weights_never_run_code(tmp_path):
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'ran'),)
     torch.save({'a':Evil()}, tmp_path/'evil.pth')
-    with pytest.raises(cli.CommandError, match='not a file of weights'): cli.check_weights(str(tmp_path/'evil.pth'), 'test_resnet')
+    with pytest.raises(CommandError, match='not a file of weights'): check_weights(str(tmp_path/'evil.pth'), 'test_resnet')
     assert not (tmp_path/'ran').exists()
 
 def test_weights_are_used(tmp_path):
     own = timm.create_model('test_resnet')
     save_file(own.state_dict(), tmp_path/'own.safetensors')
     cfg = dict(arch='test_resnet', weights=str(tmp_path/'own.safetensors'), pretrained=False, cut=None, size=32, seed=0, out=None)
-    got = cli._learner(cfg, data.digits_dls()).model[0].model.state_dict()
+    got = run_learner(cfg, digits_dls()).model[0].model.state_dict()
     assert all(torch.equal(v, own.state_dict()[k]) for k,v in got.items())
 
 def test_cut_reaches_the_network():
     cfg = dict(arch='torchvision.resnet18', weights=None, pretrained=False, cut=-4, seed=0, out=None)
-    dls,before = data.digits_dls(),dict(model_meta)
-    assert len(cli._learner(cfg, dls).model[0]) == len(list(resnet18().children()))-4
-    body = cli._learner({**cfg, 'arch':'torchvision.shufflenet_v2_x1_0', 'cut':None}, dls).model[0]
+    dls,before = digits_dls(),dict(model_meta)
+    assert len(run_learner(cfg, dls).model[0]) == len(list(resnet18().children()))-4
+    body = run_learner({**cfg, 'arch':'torchvision.shufflenet_v2_x1_0', 'cut':None}, dls).model[0]
     assert len(body) == len(list(shufflenet_v2_x1_0().children()))-1
     assert dict(model_meta) == before
 
@@ -256,7 +260,7 @@ def test_loss_not_a_number_in_stage_3_keeps_the_rest(copy, refused, finished):
     out = copy('stage1', 'stage2')
     said = refused(resume=out, ral_lr=1e8, lines=2)
     assert 'stage 3 (plain) became nan' in said and f'Kept in {out}: stage1, stage2.' in said
-    cli.fmce_train(resume=str(out), ral_lr=3e-4)  # what the message advises; 3e-4 is what the finished run had by default
+    fmce_train(resume=str(out), ral_lr=3e-4)  # what the message advises; 3e-4 is what the finished run had by default
     assert figures(read(out)['stage3_ral']) == figures(read(finished)['stage3_ral'])
 
 def test_a_run_that_learns_nothing_keeps_its_network(refused, tmp_path):
@@ -273,8 +277,8 @@ def test_a_run_that_learns_nothing_keeps_its_network(refused, tmp_path):
 @pytest.mark.parametrize('arch,layout', [('swin_tiny_patch4_window7_224', 'NHWC'), ('vit_tiny_patch16_224', 'NC'), ('resnet10t', None)])
 def test_the_learner_is_built_for_the_size_and_the_layout(arch, layout):
     import inspect
-    cfg = {**{k:p.default for k,p in inspect.signature(cli.fmce_train).parameters.items()}, **TINY, 'arch':arch, 'size':32, 'n_train':50, 'device':'cpu'}
-    learn = cli._learner(cfg, cli._data(cfg))
+    cfg = {**{k:p.default for k,p in inspect.signature(fmce_train).parameters.items()}, **TINY, 'arch':arch, 'size':32, 'n_train':50, 'device':'cpu'}
+    learn = run_learner(cfg, run_dls(cfg))
     assert type(learn.model[1][0]).__name__ == ('ChannelsFirst' if layout == 'NHWC' else 'AdaptiveConcatPool2d' if layout is None else 'BatchNorm1d')
     assert learn.model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
@@ -282,7 +286,7 @@ def test_the_learner_is_built_for_the_size_and_the_layout(arch, layout):
 
 def taps(capsys, **options):
     code = 0
-    try: cli.fmce_taps(**options)
+    try: fmce_taps(**options)
     except SystemExit as e: code = e.code
     said = capsys.readouterr()
     return code, said.out, said.err
@@ -302,7 +306,8 @@ def test_taps_checks_gradient(capsys):
     assert reached == sorted(reached) and reached[0] > 0
 
 def test_taps_writes_the_plan(capsys, tmp_path):
-    from fmce_fastai.taps import TapPlan, tap_plan
+    from fmce_fastai.maps.plan import TapPlan
+    from fmce_fastai.maps.find import tap_plan
     assert taps(capsys, arch='test_resnet', json=str(tmp_path/'plan.json'))[0] == 0
     assert TapPlan.from_dict(json.loads((tmp_path/'plan.json').read_text())) == tap_plan(timm.create_model('test_resnet'))
 

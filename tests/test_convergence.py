@@ -2,8 +2,11 @@
 import json, math, pickle, subprocess, sys, warnings
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from fmce_fastai.convergence import (Convergence, ConvergenceError, ConvergenceWarning, OnlineCQI, converged_step, convergence, cqi, cqi_noise,
-                                     cqi_online, level_targets, levels, markers, progress, real_drop, smooth_losses, window_steps)
+from fmce_fastai.convergence.cqi import converged_step, cqi, cqi_noise, cqi_online, smooth_losses, window_steps
+from fmce_fastai.convergence.noise import real_drop
+from fmce_fastai.convergence.online import OnlineCQI
+from fmce_fastai.convergence.labels import level_targets, levels, markers, progress
+from fmce_fastai.convergence.run import Convergence, convergence, ConvergenceError, ConvergenceWarning
 
 SPE = 40
 
@@ -386,6 +389,6 @@ def test_plot_of_unusable_runs(plt, kind):
     assert axs[0].get_title(loc='left') == 'unusable' and not any('levels' in o.get_label() for o in axs[0].get_lines())
 
 def test_import_stays_light():
-    code = "import sys, fmce_fastai.convergence; print([m for m in ('torch','fastai','matplotlib','scipy.stats','fastcore') if m in sys.modules])"
+    code = "import sys, fmce_fastai.convergence.run; print([m for m in ('torch','fastai','matplotlib','scipy.stats','fastcore') if m in sys.modules])"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == '[]'

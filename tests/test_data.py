@@ -20,9 +20,15 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "The 'mode.chained_assignment' option is deprecated")
     import fastai.vision.learner
 
-import fmce_fastai.data as data
-from fmce_fastai.data import (DataError, array_dls, as_bytes, cifar10_dls, cifar100_dls, data_sets, digits_dls,
-                              fashion_mnist_dls, fit_square, folder_dls, get_dls, mnist_dls, stratified_subset)
+import fmce_fastai.data.folder as folder_module
+import fmce_fastai.data.loaders as loaders_module
+import fmce_fastai.data.torchvision as torchvision_module
+from fmce_fastai.data.images import as_bytes, DataError, fit_square
+from fmce_fastai.data.arrays import array_dls, class_shares, stratified_subset
+from fmce_fastai.data.digits import digits_dls, digits_split
+from fmce_fastai.data.torchvision import cifar100_dls, cifar10_dls, fashion_mnist_dls, mnist_dls
+from fmce_fastai.data.folder import folder_dls
+from fmce_fastai.data.names import data_sets, get_dls
 
 pytestmark = [
     # fastai and torch say these about their own code, not about ours
@@ -45,7 +51,7 @@ def no_figures_left():
 @pytest.fixture(autouse=True)
 def own_data_folder(tmp_path, monkeypatch):
     "No test looks into, or writes to, the data folder of whoever runs it."
-    monkeypatch.setattr(data, "fastai_path", lambda name: tmp_path/"fastai"/name)
+    monkeypatch.setattr(torchvision_module, "fastai_path", lambda name: tmp_path/"fastai"/name)
 
 
 def all_pixels(dl): return torch.stack([o.pixels for o in dl.dataset.items])
@@ -59,7 +65,7 @@ def test_digits_split_never_changes():
     "The split is part of every published figure: pinned by a checksum of the images' numbers."
     from sklearn.datasets import load_digits
     labels = load_digits().target
-    split = data._digits_split(labels)
+    split = digits_split(labels)
     assert [len(o) for o in split] == [1197, 300, 300]
     assert sorted(np.concatenate(split).tolist()) == list(range(1797))
     assert hashlib.sha1(np.concatenate(split).astype("<i8").tobytes()).hexdigest() == "1ba156b60371280d20bd46ffe8e7adab271ba766"
@@ -72,7 +78,7 @@ def test_digits_pixels_are_the_scaled_originals():
     from sklearn.datasets import load_digits
     d = load_digits()
     dls = digits_dls(size=8)
-    train, valid, test = data._digits_split(d.target)
+    train, valid, test = digits_split(d.target)
     for dl, idx in zip(dls.loaders, (train, valid, test)):
         assert np.array_equal(all_pixels(dl)[:, 0].numpy(), np.rint(d.images[idx]*255/16).astype(np.uint8))
         assert [int(o.label) for o in dl.dataset.items] == d.target[idx].tolist()
@@ -93,7 +99,7 @@ def test_shares_add_up_and_every_class_is_there():
         counts = gen.integers(0, 40, gen.integers(2, 12))
         counts[0] += 1
         n = int(gen.integers((counts > 0).sum(), counts.sum()+1))
-        shares = data._class_shares(counts, n)
+        shares = class_shares(counts, n)
         assert shares.sum() == n and (shares <= counts).all() and ((shares > 0) == (counts > 0)).all()
         quota = n*counts/counts.sum()
         if (quota[counts > 0] >= 1).all(): assert np.abs(shares-quota).max() < 1
@@ -164,7 +170,7 @@ def test_worker_processes_change_nothing():
 
 def test_resizing_per_batch_or_once_is_the_same(monkeypatch):
     once = digits_dls(size=20)
-    monkeypatch.setattr(data, "MEMORY_BUDGET", 0)
+    monkeypatch.setattr(loaders_module, "MEMORY_BUDGET", 0)
     later = digits_dls(size=20)
     assert later.train_ds.items[0].store.images.shape[-1] == 8
     assert torch.equal(once.valid.one_batch()[0], later.valid.one_batch()[0])
@@ -575,8 +581,8 @@ def test_folder_in_memory_or_not_is_the_same_and_works_with_workers(tmp_path):
 
 def test_folder_threshold(tmp_path, monkeypatch):
     write_folder(tmp_path)
-    assert isinstance(folder_dls(tmp_path, size=16).train_ds.items[0], data.StoredImage)
-    monkeypatch.setattr(data, "FOLDER_BUDGET", 30*3*16*16-1)
+    assert isinstance(folder_dls(tmp_path, size=16).train_ds.items[0], loaders_module.StoredImage)
+    monkeypatch.setattr(folder_module, "FOLDER_BUDGET", 30*3*16*16-1)
     dls = folder_dls(tmp_path, size=16, num_workers=0)
     assert isinstance(dls.train_ds.items[0], Path) and dls.show_batch(max_n=2) is None
 

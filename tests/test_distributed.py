@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fmce_fastai.recorder import FMCSDataset
-from fmce_fastai.taps import tap_plan, unwrap
+from fmce_fastai.oracle.dataset import FMCSDataset
+from fmce_fastai.util.state import unwrap
+from fmce_fastai.maps.find import tap_plan
 from helpers import TinyNet
 
 WORKER = Path(__file__).with_name("ddp_worker.py")

@@ -9,10 +9,14 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from scipy.stats import spearmanr
 
-import fmce_fastai.fit_oracle as module
-from fmce_fastai.fit_oracle import fit_oracle, judge_oracle, score_dataset, split_images
-from fmce_fastai.oracle import FMCENet, tensors_sha256
-from fmce_fastai.recorder import DatasetError, FMCSDataset, FMCSRecorder
+import fmce_fastai.oracle.fit as module
+import fmce_fastai.oracle.judge as judging
+from fmce_fastai.oracle.judge import judge_oracle, score_dataset
+from fmce_fastai.oracle.fit import fit_oracle, split_images
+from fmce_fastai.oracle.files import tensors_sha256
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.oracle.dataset import DatasetError, FMCSDataset
+from fmce_fastai.train.recorder import FMCSRecorder
 from helpers import rng_state, seed_all, tensor_learner
 
 QUICK = dict(n_epochs=2, width=8, bs=32, bar=False)
@@ -43,7 +47,7 @@ def test_images_are_split_not_rows():
 
 def test_held_out_images_are_never_trained_on(dataset, monkeypatch):
     trained, stats = set(), set()
-    batch, channel_stats = module._Rows.batch, module._channel_stats
+    batch, channel_stats = module.MapRows.batch, module._channel_stats
     class Flag(Callback):
         def before_train(self): self.learn.rows_training = True
         def after_train(self): self.learn.rows_training = False
@@ -51,7 +55,7 @@ def test_held_out_images_are_never_trained_on(dataset, monkeypatch):
     def spy(self, rows):
         if getattr(flag, "learn", None) is not None and getattr(flag.learn, "rows_training", False): trained.update(rows[:, 2].tolist())
         return batch(self, rows)
-    monkeypatch.setattr(module._Rows, "batch", spy)
+    monkeypatch.setattr(module.MapRows, "batch", spy)
     monkeypatch.setattr(module, "_channel_stats", lambda rows, images: (stats.update(map(int, images)), channel_stats(rows, images))[1])
     oracle = fit_oracle(dataset, cbs=flag, **QUICK)
     held = set(oracle.card["held_out_images"])
@@ -61,13 +65,13 @@ def test_held_out_images_are_never_trained_on(dataset, monkeypatch):
 def test_held_out_pixels_do_not_matter(dataset, monkeypatch):
     "Spoiling the held-out images' maps changes no weight of the oracle."
     sums = []
-    init = module._Rows.__init__
+    init = module.MapRows.__init__
     for spoil in (False, True):
         def spoiled(self, ds, spoil=spoil):
             init(self, ds)
             if spoil:
                 for m in self.maps.values(): m[:, :, split_images(ds.n_images)[1]] += 5*torch.rand(len(m), 1, 1, 1, 1, 1, generator=torch.Generator().manual_seed(0)).half()
-        monkeypatch.setattr(module._Rows, "__init__", spoiled)
+        monkeypatch.setattr(module.MapRows, "__init__", spoiled)
         sums.append(tensors_sha256(fit_oracle(dataset, **QUICK).state_dict()))
     assert sums[0] == sums[1]
 
@@ -131,12 +135,12 @@ def test_what_cannot_be_fitted_is_named(dataset, tmp_path):
 
 
 def test_nan_maps_are_left_out_of_the_figures(dataset, monkeypatch):
-    init = module._Rows.__init__
+    init = module.MapRows.__init__
     def spoiled(self, ds):
         init(self, ds)
         for m in self.maps.values(): m[0, :, ::3] = float("nan")
     oracle = fit_oracle(dataset, **QUICK)
-    monkeypatch.setattr(module._Rows, "__init__", spoiled)
+    monkeypatch.setattr(module.MapRows, "__init__", spoiled)
     scores = score_dataset(oracle, dataset)
     assert np.isnan(scores[0, :, ::3]).all() and np.isfinite(scores[1:]).all()
     spoilt = fit_oracle(dataset, **QUICK)
@@ -145,7 +149,7 @@ def test_nan_maps_are_left_out_of_the_figures(dataset, monkeypatch):
 
 def test_a_bar_where_there_is_something_to_wait_for(dataset, monkeypatch):
     oracle, shown = fit_oracle(dataset, **QUICK), []
-    monkeypatch.setattr(module, "progress_bar", lambda o: shown.append(len(o)) or o)
+    monkeypatch.setattr(judging, "progress_bar", lambda o: shown.append(len(o)) or o)
     many = np.resize(np.arange(dataset.n_images), 5000//(2*len(dataset)))
     scores = score_dataset(oracle, dataset, many)
     assert shown == [5]

@@ -19,12 +19,19 @@ from fastai.callback.core import Callback
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
-import fmce_fastai.oracle as oracle_module
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.oracle import FMCENet, OracleFileError
-from fmce_fastai.recorder import DatasetError, FMCSRecorder
-from fmce_fastai.study import Study, StudyError, read_rows, run_study
-from fmce_fastai.taps import FeatureTap, TapError, tap_plan
+from fmce_fastai.oracle.files import card_sha256
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.oracle.files import OracleFileError
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.oracle.dataset import DatasetError
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.study.arms import StudyError
+from fmce_fastai.study.settings import Study
+from fmce_fastai.study.jobs import read_rows
+from fmce_fastai.study.run import run_study
+from fmce_fastai.maps.plan import TapError
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.find import tap_plan
 from helpers import TinyNet, assert_same, make_model, make_oracle, seed_all, tensor_learner, weights
 from soak import all_of, data_set
 
@@ -371,7 +378,7 @@ def test_fuzzed_headers_and_cards_of_oracles(kind, oracles, tmp_path, data):
         card = changed(data.draw, json.loads(header["__metadata__"]["fmce_card"]))
         if isinstance(card, dict):
             card.pop("card_sha256", None)
-            card["card_sha256"] = oracle_module._card_sha256(card)
+            card["card_sha256"] = card_sha256(card)
         header["__metadata__"]["fmce_card"] = json.dumps(card)
     text = data.draw(st.binary(max_size=64)) if where == "bytes" else json.dumps(header).encode()
     path = tmp_path/"oracle.safetensors"

@@ -9,10 +9,14 @@ import torch
 from fake_hub import TOKEN, serving
 from helpers import make_learner, make_model, make_oracle, tensor_learner
 
-import fmce_fastai.hub as hub_module
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.hub import HubError, model_card
-from fmce_fastai.oracle import FittedFMCENet, FMCENet, OracleFileError, UniversalFMCENet
+import fmce_fastai.hub.transfer as hub_module
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.hub.card import model_card
+from fmce_fastai.hub.transfer import HubError
+from fmce_fastai.oracle.files import OracleFileError
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.oracle.universal import UniversalFMCENet
 
 REPO = "owner/tiny"
 

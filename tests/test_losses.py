@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from fmce_fastai.losses import FMCS_LOSSES, GradientNorms, check_alpha, fmcs_loss, representation_auxiliary_loss
-from fmce_fastai.oracle import Scores
+from fmce_fastai.train.losses import check_alpha, fmcs_loss, FMCS_LOSSES, representation_auxiliary_loss
+from fmce_fastai.train.gradients import GradientNorms
+from fmce_fastai.oracle.base import Scores
 
 
 def random_scores(b=7, m=3, k=5, seed=0, p_valid=.7, dtype=torch.float64):

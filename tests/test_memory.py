@@ -11,8 +11,8 @@ import torch
 from fastai.callback.core import Callback
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.recorder import FMCSRecorder
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.train.recorder import FMCSRecorder
 from helpers import make_oracle, tensor_learner
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run has no scores

@@ -7,12 +7,13 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.vision.learner import create_vision_model, vision_learner
 
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.convergence import ConvergenceWarning
-from fmce_fastai.data import digits_dls
-from fmce_fastai.oracle import FittedFMCENet
-from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import hook_count, tap_plan
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.convergence.run import ConvergenceWarning
+from fmce_fastai.data.digits import digits_dls
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.find import tap_plan
 
 NETWORKS = {
     "resnet50 (timm)": ("resnet50", {}, 5, 2048),

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors, save as save_tensors
 
-import fmce_fastai.oracle as module
-from fmce_fastai.oracle import FittedFMCENet, FMCENet, OracleError, OracleFileError, Scores, tensors_sha256
-from fmce_fastai.taps import Tap, TapPlan
+from fmce_fastai.oracle.files import card_sha256
+from fmce_fastai.oracle.files import OracleFileError, tensors_sha256
+from fmce_fastai.oracle.base import FMCENet, OracleError, Scores
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.maps.plan import Tap, TapPlan
 from helpers import assert_same
 
 PLAN = TapPlan("net", "given", [Tap("a", 4, (9, 6), .5), Tap("b", 6, (3, 3), 1.)], (2, 3, 32, 32))
@@ -42,7 +44,7 @@ def rewrite(path, tensors=None, card=None, sums=True):
     tensors = load_tensors(data) if tensors is None else tensors
     if sums:
         card["sha256"] = tensors_sha256(tensors)
-        card["card_sha256"] = module._card_sha256(card)
+        card["card_sha256"] = card_sha256(card)
     path.write_bytes(save_tensors(tensors, metadata={"fmce_card": json.dumps(card)}))
     return path
 
@@ -232,9 +234,9 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch, where):
     before = file.read_bytes()
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if where == "write":
-        real = module.Path.write_bytes
+        real = Path.write_bytes
         def write(self, data): real(self, data[:100]); raise full
-        monkeypatch.setattr(module.Path, "write_bytes", write)
+        monkeypatch.setattr(Path, "write_bytes", write)
     else: monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(full))
     other = make(seed=5)
     card = dict(other.card)

@@ -12,10 +12,13 @@ from fastai.callback.core import CancelBatchException, CancelFitException, Callb
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 
-from fmce_fastai.convergence import convergence
-from fmce_fastai.data import digits_dls
-from fmce_fastai.recorder import DatasetError, FMCSDataset, FMCSRecorder, snapshot_steps, undisturbed
-from fmce_fastai.taps import hook_count, pool_map
+from fmce_fastai.convergence.run import convergence
+from fmce_fastai.data.digits import digits_dls
+from fmce_fastai.util.state import undisturbed
+from fmce_fastai.oracle.dataset import DatasetError, FMCSDataset
+from fmce_fastai.train.recorder import FMCSRecorder, snapshot_steps
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.pool import pool_map
 from helpers import Probe, RaiseAt, assert_same, make_learner, make_model, rng_state, seed_all, tensor_learner, weights
 
 pytestmark = [

@@ -8,8 +8,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fmce_fastai.interpret import fmce_report
-from fmce_fastai.taps import stage_params, tap_plan
+from fmce_fastai.report.report import fmce_report
+from fmce_fastai.maps.stages import stage_params
+from fmce_fastai.maps.find import tap_plan
 from helpers import make_learner, make_model, seed_all, tensor_dls
 
 
@@ -57,7 +58,7 @@ def test_nothing_is_printed(capsys):
 @pytest.fixture
 def command(capsys):
     "`fmce_report` as a shell calls it: its exit code and what it said."
-    from fmce_fastai.cli import fmce_report as run
+    from fmce_fastai.cli.report import fmce_report as run
     def answer(*args, **kwargs):
         try: run(*args, **kwargs)
         except SystemExit as e: return e.code, capsys.readouterr().err
@@ -77,8 +78,8 @@ def test_the_command_reads_images_in_no_classes(tmp_path, command):
 
 @pytest.mark.parametrize("option, path, words", [("plot", "/dev/null/x.png", "/dev/null is no folder"), ("csv", ".", "it is a folder"), ("images", "x.pdf", "ends in .png"), ("plot", "x", "ends in .png")])
 def test_outputs_that_cannot_be_written_are_told_before_anything_is_scored(option, path, words, command, tmp_path, monkeypatch):
-    import fmce_fastai.interpret
-    monkeypatch.setattr(fmce_fastai.interpret, "fmce_report", lambda *a, **k: pytest.fail("scored"))
+    import fmce_fastai.report.report
+    monkeypatch.setattr(fmce_fastai.report.report, "fmce_report", lambda *a, **k: pytest.fail("scored"))
     monkeypatch.chdir(tmp_path)
     code, text = command("test_resnet", size=32, **{option: path})
     assert code == 1 and f"--{option} {path}: " in text and words in text and not list(tmp_path.iterdir())

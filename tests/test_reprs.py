@@ -9,10 +9,12 @@ import pytest
 import torch
 from helpers import make_model, make_oracle, tensor_learner
 
-from fmce_fastai.convergence import ConvergenceWarning, convergence
-from fmce_fastai.oracle import FittedFMCENet, FMCENet, Scores
-from fmce_fastai.recorder import FMCSDataset, FMCSRecorder
-from fmce_fastai.taps import Tap, TapPlan
+from fmce_fastai.convergence.run import convergence, ConvergenceWarning
+from fmce_fastai.oracle.base import FMCENet, Scores
+from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.oracle.dataset import FMCSDataset
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.maps.plan import Tap, TapPlan
 
 BAD = "<script>alert('x')</script>"
 SCORES = [dict(module="stage2", mode="eval", mae=.01234, rho=.987654, snapshots=16, images=13)]

@@ -14,11 +14,12 @@ from fastai.torch_core import norm_types
 from fastai.vision.learner import vision_learner
 from torch import nn
 
-from fmce_fastai.callback import FMCECallback
-from fmce_fastai.data import digits_dls
-from fmce_fastai.oracle import FMCENet
-from fmce_fastai.recorder import FMCSRecorder
-from fmce_fastai.taps import TapError, hook_count
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.data.digits import digits_dls
+from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.train.recorder import FMCSRecorder
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.plan import TapError
 from helpers import assert_same, make_learner, make_model, make_oracle, rng_state, seed_all, tensor_learner, weights
 from settings import OTHERS, SETTINGS, Diary, table
 

@@ -17,9 +17,19 @@ from fastai.callback.mixup import MixUp
 from fastai.vision.augment import RandomErasing
 from scipy import stats
 
-from fmce_fastai import study as module
-from fmce_fastai.study import ARMS, NormEval, Noted, StepSeeds, Study, StudyError, choices, chosen, compare, final_jobs, has_alpha, merge_studies, parts, presets, read_rows, run_study, table_text, tuning_jobs, verdict, write_report
-from fmce_fastai.data import digits_dls
+from fmce_fastai.study.jobs import run_job
+from fmce_fastai.study.learner import build_learner
+from fmce_fastai.util.files import write_json
+from fmce_fastai.util.processes import run_in_processes
+from fmce_fastai.study.arms import ARMS, has_alpha, parts, StudyError
+from fmce_fastai.study.settings import Study
+from fmce_fastai.study.controls import NormEval, RunLog, StepSeeds
+from fmce_fastai.study.jobs import choices, chosen, final_jobs, read_rows, tuning_jobs
+from fmce_fastai.study.statistics import compare
+from fmce_fastai.study.tables import table_text, verdict
+from fmce_fastai.study.run import merge_studies, run_study, write_report
+from fmce_fastai.study.presets import presets
+from fmce_fastai.data.digits import digits_dls
 from helpers import make_learner
 
 TINY = dict(n_train=96, n_eval=100, size=16, bs=32, epochs=1, seeds=(0, 1, 2))
@@ -51,7 +61,7 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tmp_pa
 def test_an_arm_that_draws_numbers_sees_the_same_augmented_batches(cbs):
     "Random erasing draws from the global generators when a batch is made, as MixUp and dropout do when it is used."
     def digest(cbs, seeds):
-        noted = Noted()
+        noted = RunLog()
         learn = make_learner(dls=digits_dls(size=16, bs=16, n_train=64, augment=[RandomErasing(p=1.)]), cbs=[noted, *seeds, *cbs])
         with learn.no_bar(), learn.no_logging(): learn.fit(2)
         return noted.digest.hexdigest()
@@ -157,10 +167,10 @@ def test_only_the_primary_arm_chooses_its_alpha():
 
 def test_an_unknown_architecture_is_named_with_its_neighbours():
     for name, near in (("torchvision.resnt50", "torchvision.resnet50"), ("resnet500", "resnet50")):
-        with pytest.raises(StudyError, match=near): module.build_learner(Study(arch=name), None, 0)
+        with pytest.raises(StudyError, match=near): build_learner(Study(arch=name), None, 0)
 
 def test_a_linear_head_is_pooling_and_one_layer():
-    learn = module.build_learner(Study(head="linear"), digits_dls(size=32, n_train=32), 0)
+    learn = build_learner(Study(head="linear"), digits_dls(size=32, n_train=32), 0)
     assert [type(m).__name__ for m in learn.model[1]] == ["AdaptiveAvgPool2d", "Flatten", "Linear"]
 
 def test_channels_last_is_the_same_training(tmp_path):
@@ -224,7 +234,7 @@ def test_partial_tables(tmp_path):
     study = Study(("plain", "scaled"), primary="scaled", **TINY)
     study.save(tmp_path)
     assert write_report(tmp_path).seeds.tolist() == [0, 0] and "exploratory" not in (tmp_path/"table.txt").read_text()
-    module.run_job(tmp_path, final_jobs(study, [])[0])
+    run_job(tmp_path, final_jobs(study, [])[0])
     assert write_report(tmp_path).seeds.tolist() == [1, 0]
 
 
@@ -235,7 +245,7 @@ def test_killed_five_times_it_ends_with_the_same_table(tmp_path):
     quiet(study, tmp_path/"whole")
     study.save(tmp_path/"killed")
     finished = lambda: {f: f.stat().st_mtime_ns for f in (tmp_path/"killed"/"runs").glob("[!.]*.json")}
-    code = f"from fmce_fastai.study import run_study; run_study(None, {str(tmp_path/'killed')!r}, bar=False)"
+    code = f"from fmce_fastai.study.run import run_study; run_study(None, {str(tmp_path/'killed')!r}, bar=False)"
     rng = random.Random(0)
     for _ in range(5):
         p, n, limit = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], start_new_session=True, stderr=subprocess.DEVNULL), len(finished()), time.time() + 90
@@ -253,7 +263,7 @@ def test_killed_five_times_it_ends_with_the_same_table(tmp_path):
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     "They would go on beside a study that is started anew."
     Study(("plain", "scaled"), primary="scaled", **{**TINY, "epochs": 40}).save(tmp_path/"study")
-    code = f"from fmce_fastai.study import run_study\nif __name__ == '__main__': run_study(None, {str(tmp_path/'study')!r}, jobs=2, bar=False)"
+    code = f"from fmce_fastai.study.run import run_study\nif __name__ == '__main__': run_study(None, {str(tmp_path/'study')!r}, jobs=2, bar=False)"
     (tmp_path/"go.py").write_text(code)
     p = subprocess.Popen([sys.executable, "-W", "ignore", tmp_path/"go.py"], start_new_session=True, stderr=subprocess.DEVNULL)
     def living():
@@ -292,7 +302,7 @@ def test_a_folder_kept_without_its_runs_gives_the_same_table(tmp_path):
     study = Study(("plain", "scaled"), primary="scaled", **TINY)
     study.save(tmp_path)
     (tmp_path/"runs").mkdir()
-    for i, r in enumerate(planted({"scaled": [.5, 1.5, -.2]})): module.write_json(tmp_path/"runs"/f"{i}.json", r)
+    for i, r in enumerate(planted({"scaled": [.5, 1.5, -.2]})): write_json(tmp_path/"runs"/f"{i}.json", r)
     write_report(tmp_path)
     before, shown = (tmp_path/"table.csv").read_text(), read_rows(tmp_path)
     shutil.rmtree(tmp_path/"runs")
@@ -326,7 +336,7 @@ def test_a_damaged_result_is_named(tmp_path):
     with pytest.raises(StudyError, match="holds another study: n_train is 96 there and 97 here"): run_study(replace(study, n_train=97), tmp_path, bar=False)
 
 def test_stage_1_is_trained_once_and_its_oracle_used(tmp_path, monkeypatch):
-    import fmce_fastai.fit_oracle as fitting
+    import fmce_fastai.oracle.fit as fitting
     whole = fitting.fit_oracle
     monkeypatch.setattr(fitting, "fit_oracle", lambda *a, **k: whole(*a, n_epochs=1, **k))  # how good it is plays no role here
     study = Study(("plain", "ral", "placebo"), (.5,), "ral", **{**TINY, "n_train": 200, "seeds": (0,)}, stage1_epochs=5)
@@ -347,7 +357,7 @@ def test_joined_arms_and_presets():
         for s in studies.values(): assert not set(s.seeds) & set(s.tune_seeds) and tuning_jobs(s) + final_jobs(s, []) != []
 
 def test_the_command(tmp_path, capsys):
-    from fmce_fastai.cli import fmce_study
+    from fmce_fastai.cli.study import fmce_study
     args = dict(arms="plain,scaled", alphas="0.5", seeds="0-1", n_train=400, n_eval=100, size=16, epochs=4)
     fmce_study(str(tmp_path/"s"), **args)
     out = capsys.readouterr().out
@@ -362,5 +372,5 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_progress_is_shown_in_a_console(jobs, capsys):
     "The notebook's bar is tried in the notebook of `pretrain`."
-    module._work(abs, jobs, [(-1,), (2,)], "final runs", bar=True)
+    run_in_processes(abs, jobs, [(-1,), (2,)], "final runs", bar=True)
     assert "2/2" in capsys.readouterr().out

@@ -9,7 +9,12 @@ import timm
 import torch
 from torch import nn
 
-from fmce_fastai.taps import FeatureTap, Tap, TapError, TapPlan, find_backbone, hook_count, pool_map, probe_input, tap_plan, unwrap
+from fmce_fastai.util.state import hook_count, unwrap
+from fmce_fastai.maps.plan import find_backbone, Tap, TapError, TapPlan
+from fmce_fastai.maps.pool import pool_map
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.probe import probe_input
+from fmce_fastai.maps.find import tap_plan
 from helpers import TinyNet, assert_same, make_model, rng_state, seed_all, weights
 
 pytestmark = [

@@ -60,7 +60,7 @@ def test_no_checkpointing_in_timm_is_said():
 def test_a_fault_is_found(broken, says, monkeypatch):
     "The checks can fail: three faults put in by hand."
     if broken == "gradient":
-        from fmce_fastai.losses import GradientNorms
+        from fmce_fastai.train.gradients import GradientNorms
         plain = GradientNorms.watch
         monkeypatch.setattr(GradientNorms, "watch", lambda self, maps, edges=None: {**plain(self, maps, edges), "layer4": maps["layer4"].detach()})
     elif broken == "recorder":

@@ -13,10 +13,17 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.learner import load_learner
 from torch.testing import assert_close
 
-from fmce_fastai.callback import FMCECallback, N_COUNTED, _join_targets, mixed_targets
-from fmce_fastai.losses import fmcs_loss, representation_auxiliary_loss
-from fmce_fastai.oracle import FMCENet, OracleError, UniversalFMCENet, class_alignment, class_share, debiased_alignment, gram_views, kernels, same_class, tensors_sha256, u_center
-from fmce_fastai.taps import FeatureTap, TapError, hook_count, tap_plan
+from fmce_fastai.train.targets import join_targets, mixed_targets
+from fmce_fastai.train.callback import FMCECallback, N_COUNTED
+from fmce_fastai.train.losses import fmcs_loss, representation_auxiliary_loss
+from fmce_fastai.oracle.files import tensors_sha256
+from fmce_fastai.oracle.base import FMCENet, OracleError
+from fmce_fastai.oracle.kernels import class_alignment, class_share, debiased_alignment, gram_views, kernels, same_class, u_center
+from fmce_fastai.oracle.universal import UniversalFMCENet
+from fmce_fastai.util.state import hook_count
+from fmce_fastai.maps.plan import TapError
+from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.maps.find import tap_plan
 from helpers import assert_same, make_learner, make_model, rng_state, seed_all, weights
 
 
@@ -298,7 +305,7 @@ def test_export_travels_without_the_oracle(tmp_path):
 # Its training set --------------------------------------------------------------------------------------------------
 def test_no_test_file_is_opened(tmp_path):
     "FashionMNIST's folder holds the training files only, and reading works."
-    from fmce_fastai.pretrain import make_task
+    from fmce_fastai.pretrain.tasks import make_task
     rng = np.random.default_rng(0)
     for name, head, data in [("train-images-idx3-ubyte", struct.pack(">IIII", 0x803, 60, 28, 28), rng.integers(0, 256, (60, 28, 28), np.uint8)), ("train-labels-idx1-ubyte", struct.pack(">II", 0x801, 60), np.arange(60, dtype=np.uint8) % 10)]:
         with gzip.open(tmp_path/f"{name}.gz", "wb") as f: f.write(head + data.tobytes())
@@ -306,27 +313,27 @@ def test_no_test_file_is_opened(tmp_path):
     assert x.shape == (50, 3, 32, 32) and k == 10
 
 def test_the_digits_of_the_training_set_are_those_that_digits_dls_trains_on():
-    from fmce_fastai.data import _digits_split
-    from fmce_fastai.pretrain import _digits
+    from fmce_fastai.data.digits import digits_split
+    from fmce_fastai.pretrain.tasks import _digits
     from sklearn.datasets import load_digits
     data = load_digits()
-    train, valid, test = _digits_split(data.target)
+    train, valid, test = digits_split(data.target)
     x, y = _digits()
     assert len(x) == len(train) and not set(train) & (set(valid) | set(test))
     assert np.array_equal((x[:, 0]*16).round().numpy(), data.images[train])
 
 def test_pretrain_goes_on_where_it_was_stopped(tmp_path):
-    from fmce_fastai.pretrain import read_runs
-    import fmce_fastai.pretrain as module
-    runs = [module.Run(f"r{i}", "test_efficientnet", s, "plain", i, epochs=2, bs=32, n_train=96, n_images=64, n_snapshots=3) for i, s in enumerate(("digits", "shapes"))]
-    for r in runs: module.record_run(r, tmp_path)
+    from fmce_fastai.pretrain.features import read_runs
+    from fmce_fastai.pretrain.record import Run, record_run
+    runs = [Run(f"r{i}", "test_efficientnet", s, "plain", i, epochs=2, bs=32, n_train=96, n_images=64, n_snapshots=3) for i, s in enumerate(("digits", "shapes"))]
+    for r in runs: record_run(r, tmp_path)
     stamp = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    for r in runs: module.record_run(r, tmp_path)
+    for r in runs: record_run(r, tmp_path)
     assert stamp == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} and set(read_runs(tmp_path)) == {"r0", "r1"}
 
 def test_labels_are_absolute():
     "A run that only half learns never gets near 1; one that reaches the best loss does; a spoilt stage is 0."
-    from fmce_fastai.pretrain import absolute_progress, run_labels
+    from fmce_fastai.pretrain.features import absolute_progress, run_labels
     rows = [dict(mode="eval", kind="fit", step=s) for s in (0, 50, 99)]
     task = dict(source="digits", task="plain", epochs=10, frozen=[])
     losses = lambda low: (np.log(10) - (np.log(10) - low)*np.linspace(0, 1, 100)).tolist()
@@ -385,9 +392,9 @@ def test_memory_of_mixed_images(mixer):
 
 def test_labels_and_shares_join():
     a, b = torch.tensor([0, 2]), torch.tensor([[.5, .5, 0., 0.]])
-    assert _join_targets(a, a).tolist() == [0, 2, 0, 2]
-    assert _join_targets(a, b).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [.5, .5, 0, 0]]
-    assert _join_targets(b, torch.tensor([5])).shape == (2, 6)
+    assert join_targets(a, a).tolist() == [0, 2, 0, 2]
+    assert join_targets(a, b).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [.5, .5, 0, 0]]
+    assert join_targets(b, torch.tensor([5])).shape == (2, 6)
 
 def test_other_sizes_start_a_new_memory():
     "Images of another size between two batches: what does not fit beside them is let go."

@@ -108,7 +108,7 @@ def untrained():
 
 def untrained_modules():
     "Stages that fmce_report says look untrained."
-    from fmce_fastai.interpret import HIGH, LEAST_LEARNT
+    from fmce_fastai.report.report import HIGH, LEAST_LEARNT
     found, names = {}, {"fashion_mnist": "EfficientNet-Lite0, ImageNet weights, on FashionMNIST", "digits_foreign": "the same, on handwritten digits", "digits_foreign_32": "the same, at 32 px", "digits": "small networks, 5 epochs on digits"}
     for r in rows_of("untrained_modules"):
         if r["number"] != "0" and r["learnt"] != "nan": found.setdefault((r["setting"], r["trained"]), []).append(float(r["learnt"]) < LEAST_LEARNT and float(r["fmcs"]) < HIGH)
@@ -178,7 +178,7 @@ def attention():
 def finer():
     "Grad-CAM across alpha: differences to plain training, paired over seeds."
     import pandas as pd
-    from fmce_fastai.cam import cam_statistics
+    from fmce_fastai.study.cams import cam_statistics
     measures, head = ("entropy", "top_share", "drop", "relative", "accuracy"), ("entropy", "top share", "drop", "drop / probability", "test accuracy, points")
     frame = pd.DataFrame(rows_of("cam")).astype({c: float for c in ("probability", "accuracy", *measures[:3])})
     t = cam_statistics(frame.assign(relative=frame["drop"] / frame.probability, accuracy=100 * frame.accuracy), measures=measures).set_index(["name", "measure"])

@@ -1,0 +1,1 @@
+"Oracles on the Hugging Face Hub."

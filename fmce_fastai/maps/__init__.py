@@ -1,0 +1,1 @@
+"Which feature maps of a network are read, and how."

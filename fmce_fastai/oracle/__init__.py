@@ -1,0 +1,1 @@
+"Convergence oracles: networks that score feature maps."

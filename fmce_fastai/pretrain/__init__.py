@@ -1,0 +1,1 @@
+"How the universal oracle is made."

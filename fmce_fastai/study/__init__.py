@@ -1,0 +1,1 @@
+"Matched-budget studies: does RAL help?"

@@ -1,0 +1,1 @@
+"RAL and recording inside fastai's training loop."

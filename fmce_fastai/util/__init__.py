@@ -1,0 +1,1 @@
+"Files, checks, state, ranks and processes: what every floor above stands on."
