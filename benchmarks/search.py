@@ -34,8 +34,8 @@ STUDY = Study(("plain", "ral-universal"), data="fashion_mnist", n_train=200, n_e
 
 class Projected(FMCECallback):
     "RAL without the part of the FMCS loss's gradient at a map that points against the rest of what arrives there, image by image."
-    def _score(self, maps):
-        return super()._score({n: self._watched(m) if m.requires_grad else m for n, m in maps.items()})
+    def score_maps(self, maps):
+        return super().score_maps({n: self._watched(m) if m.requires_grad else m for n, m in maps.items()})
     @staticmethod
     def _watched(m):
         view, own = m.view_as(m), {}
@@ -51,8 +51,8 @@ class Projected(FMCECallback):
 
 class Hinge(FMCECallback):
     "RAL on the images whose FMCS is below 0.9, mean over these; a step without any is plain."
-    def _score(self, maps):
-        s = super()._score(maps)
+    def score_maps(self, maps):
+        s = super().score_maps(maps)
         return s._replace(valid=s.valid & (s.fmcs.detach() < .9))
 
 class Watching(FMCECallback):
@@ -60,8 +60,8 @@ class Watching(FMCECallback):
     def __init__(self, strength, toward, oracle):
         super().__init__(0., oracle)
         self.strength, self.toward = strength, toward
-    def _score(self, maps):
-        self.said = super()._score(maps)
+    def score_maps(self, maps):
+        self.said = super().score_maps(maps)
         return self.said
     def _shares(self, fmcs):
         "Factors with mean 1."
@@ -72,7 +72,7 @@ class ImageWeights(Watching):
     "Each image's cross-entropy, weighted by its FMCS, mean over the taps that count; an image without a score at a tap counts there with the mean over all scored maps."
     def after_loss(self):
         super().after_loss()
-        counts = self._counted.to(self.said.valid.device)
+        counts = self.counted.to(self.said.valid.device)
         if not self.said.valid[:, counts].any(): return
         fmcs = torch.where(self.said.valid, self.said.fmcs, self.said.fmcs[self.said.valid].mean())[:, counts].mean(1).detach()
         self.learn.loss_grad = (F.cross_entropy(self.learn.pred, class_targets(self.learn.yb), reduction="none")*self._shares(fmcs)).mean()
@@ -88,7 +88,7 @@ class ModuleRates(Watching):
         self.average = now if self.average is None else .9*self.average + .1*now
     def before_step(self):
         names = [n for n, _ in self.model.named_parameters()]
-        ends = [max(i for i, n in enumerate(names) if n.startswith(tap + ".")) for tap in (next(k for k, m in self.model.named_modules() if m is module) for module in self._tap.plan.resolve(self.model).values())]
+        ends = [max(i for i, n in enumerate(names) if n.startswith(tap + ".")) for tap in (next(k for k, m in self.model.named_modules() if m is module) for module in self.feature_tap.plan.resolve(self.model).values())]
         self.factors = [next((float(f) for end, f in zip(ends, self._shares(self.average)) if i <= end), 1.) for i in range(len(names))]
         self.before = [p.detach().clone() for p in self.model.parameters()]
     @torch.no_grad()

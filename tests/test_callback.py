@@ -548,7 +548,7 @@ def test_nothing_is_left_however_a_fit_ends(event, error, order, arch, oracle):
     last = learn.fmce.history.query("fit == fit.max()")
     assert last.groupby("epoch").steps.first().tolist() == [2, 2] and (last.acted == 2).all()
     assert len(learn.fmcs_recorder.dataset.steps) == 4
-    assert learn.fmce._tap is None
+    assert learn.fmce.feature_tap is None
 
 
 class Breaker(nn.Module):
@@ -595,9 +595,9 @@ def test_an_error_inside_the_networks_forward(error, then, arch, kind, tmp_path)
     error.__traceback__ = error.__context__ = None  # it would hold the frames, as a notebook does till the next error
     learn.xb, learn.yb, learn.pred, learn.loss, learn.loss_grad = (), (), None, None, None  # what fastai keeps of the step before
     gc.collect()
-    assert READ and not any(m() is not None for m in READ) and not learn.fmce._tap.maps and not learn.fmce._tap._edges  # no map is held
+    assert READ and not any(m() is not None for m in READ) and not learn.fmce.feature_tap.maps and not learn.fmce.feature_tap._edges  # no map is held
     left = hook_count(learn.model)
-    assert left == 0 if isinstance(error, RuntimeError) else left == len(learn.fmce._tap.plan) + 2
+    assert left == 0 if isinstance(error, RuntimeError) else left == len(learn.fmce.feature_tap.plan) + 2
     breaker.error = None
     if then == "fit": learn.fit(1); assert learn.fmce.history.acted.tolist()[-1] == 4
     elif then == "validate": assert len(learn.validate()) == 2
@@ -648,7 +648,7 @@ def test_ctrl_c_at_any_line_of_ours(arch, kind):
     for at in np.linspace(1, ctrl_c.lines, 12).round().astype(int):
         learn, ctrl_c = interrupted(arch, kind, at)
         assert ctrl_c.where is not None
-        assert hook_count(learn.model) in (0, *range(len(learn.fmce._tap.plan) + 3 if learn.fmce._tap is not None and learn.fmce._tap.plan is not None else 0)), ctrl_c.where
+        assert hook_count(learn.model) in (0, *range(len(learn.fmce.feature_tap.plan) + 3 if learn.fmce.feature_tap is not None and learn.fmce.feature_tap.plan is not None else 0)), ctrl_c.where
         learn.validate()
         assert hook_count(learn.model) == 0 and not learn.model.training, ctrl_c.where
         learn.fit(2)

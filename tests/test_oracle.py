@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,11 +169,11 @@ def test_cards_that_do_not_fit(file, card, words):
     with pytest.raises(OracleFileError, match=words): FMCENet.load(rewrite(file, card=card))
 
 def test_a_card_cannot_ask_for_more_memory_than_the_file_has(file, monkeypatch):
-    built, make_it = [], FittedFMCENet._from_spec.__func__
+    built, make_it = [], FittedFMCENet.from_spec.__func__
     def watched(cls, spec):
         built.append(make_it(cls, spec))
         return built[-1]
-    monkeypatch.setattr(FittedFMCENet, "_from_spec", classmethod(watched))
+    monkeypatch.setattr(FittedFMCENet, "from_spec", classmethod(watched))
     with pytest.raises(OracleFileError, match="its card does not fit its tensors .* of other names or shapes"): FMCENet.load(rewrite(file, card=dict(width=10**5)))
     assert [o.levels.device.type for o in built] == ["meta"]  # 40 GB per module otherwise
 

@@ -39,8 +39,8 @@ class Formula(Callback):
     order, run_valid = FMCECallback.order + .5, False
     def __init__(self): self.seen = []
     def after_loss(self):
-        step = self.learn.fmce._epoch[-1]
-        counts = step["loss"][self.learn.fmce._counted & step["loss"].isfinite()]
+        step = self.learn.fmce.epoch_steps[-1]
+        counts = step["loss"][self.learn.fmce.counted & step["loss"].isfinite()]
         want = self.learn.loss if step["why"] else .5*self.learn.loss + .5*counts.mean()
         self.seen.append(float((self.learn.loss_grad - want).abs()/want.abs()))
 

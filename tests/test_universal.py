@@ -351,9 +351,9 @@ def remembered(cb, steps, monkeypatch):
     seen, score = [], cb._score
     def note(maps):
         s = score(maps)
-        seen.append(({n: m.detach().clone() for n, m in maps.items()}, cb._targets.clone(), s))
+        seen.append(({n: m.detach().clone() for n, m in maps.items()}, cb.batch_targets.clone(), s))
         return s
-    monkeypatch.setattr(cb, "_score", note)
+    monkeypatch.setattr(cb, "score_maps", note)
     learn = make_learner(cbs=cb)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return seen[:steps]
@@ -401,10 +401,10 @@ def test_other_sizes_start_a_new_memory():
     cb = FMCECallback(.9, memory=50)
     cb.learn = make_learner()
     plan = tap_plan(cb.learn.model, x=torch.zeros(2, 3, 16, 16))
-    cb._tap, cb._scorer, cb._counted, cb._targets = FeatureTap(plan), cb.oracle.on(plan), torch.tensor([False, True, True]), torch.arange(16) % 4
+    cb.feature_tap, cb.scorer, cb.counted, cb.batch_targets = FeatureTap(plan), cb.oracle.on(plan), torch.tensor([False, True, True]), torch.arange(16) % 4
     maps = lambda side: {t.name: torch.randn(16, t.channels, side, side) for t in plan}
     for side, kept in ((4, 16), (4, 32), (2, 16)):
-        assert cb._score(maps(side)).fmcs.shape == (16, 3)
+        assert cb.score_maps(maps(side)).fmcs.shape == (16, 3)
         assert {m.shape for m in cb._company[0].values()} == {(kept, plan.channels[n], side, side) for n in plan.names[1:]}
 
 @pytest.mark.parametrize("memory", [-1, 2.5, True, "all"])

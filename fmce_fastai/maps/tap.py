@@ -70,7 +70,7 @@ class FeatureTap:
 
     def _done(self, module, args, out):
         reading = self._reading() if self._reading is not None else None
-        self._remove()
+        self.remove_hooks()
         if out is None or reading is None: return  # the forward raised: keep no half set of maps, nor the graph behind them
         maps = reading.maps
         # Not in the hooks above: an operation that saves a tensor for backward, inside a region that gradient checkpointing runs again without us, would be missed there
@@ -80,13 +80,19 @@ class FeatureTap:
             maps = {t.name:self._arranged(t, maps[t.name]) for t in self.plan if t.name in maps}
         self.maps,self._edges = maps,reading.edges
 
-    def _remove(self):
+    @property
+    def armed(self) -> bool:
+        "Are there hooks on a network?"
+        return bool(self._handles)
+
+    def remove_hooks(self):
+        "Remove every hook; maps that were read stay."
         self._reading = None
         while self._handles: self._handles.pop().remove()
 
     def detach(self):
         "Remove every hook and forget the maps."
-        self._remove()
+        self.remove_hooks()
         self.maps,self._edges,self._image = {},{},None
 
     def take(self) -> dict: # Tap name -> (B, C, H, W), in the plan's order
@@ -110,6 +116,6 @@ class FeatureTap:
         try: yield self
         finally:
             hook.remove()
-            self._remove()
+            self.remove_hooks()
 
     def __getstate__(self): return {**self.__dict__, 'maps':{}, '_edges':{}, '_reading':None}  # with the handles, which remove the copy's hooks

@@ -52,7 +52,7 @@ class OracleError(ValueError):
 class FMCENet(nn.Module):
     """A convergence oracle: `oracle(maps, targets=None) -> Scores`. Use a subclass, `fit_oracle(dataset)`, or `FMCENet.load(path)`.
 
-    A subclass sets `kind`, computes `logits_of(maps, targets)` and describes itself in `_spec`; this class scores, freezes, saves and loads."""
+    A subclass sets `kind`, computes `logits_of(maps, targets)` and describes itself in `spec`; this class scores, freezes, saves and loads."""
     kind = None
     kinds = {}  # name -> subclass
 
@@ -76,24 +76,24 @@ class FMCENet(nn.Module):
         targets:torch.Tensor|None=None, # (B,) class labels or (B, C) shares of class, for kinds that use them
     ) -> Scores:
         "The scores of `maps`. Raises `OracleError` for a missing tap or another number of channels."
-        names = self._check(maps)
+        names = self.check_maps(maps)
         device = self.levels.device.type
         # Scores are differences of small numbers: no half precision inside an oracle
         with torch.autocast(device_type=device, enabled=False):
             pooled = {n:pool_map(maps[n]) for n in names}
             finite = {n:m.flatten(1).isfinite().all(1) for n,m in pooled.items()}
             clean = {n:torch.where(finite[n][:,None,None,None], m, 0.) for n,m in pooled.items()}
-            logits,valid = self._scored(clean, finite, targets)
+            logits,valid = self.score_clean(clean, finite, targets)
             fmcs = logits.softmax(-1) @ self.levels
         return Scores(fmcs, logits, valid & fmcs.isfinite())
 
-    def _scored(self, maps, finite, targets):
+    def score_clean(self, maps, finite, targets):
         "Logits (B, M, K) of clean maps, and (B, M) which of them count."
         return self.logits_of(maps, targets), torch.stack([finite[n] for n in maps], 1)
 
     def logits_of(self, maps, targets): raise NotImplementedError(f"{type(self).__name__} does not score; use a kind of FMCENet that does.")
 
-    def _check(self, maps):
+    def check_maps(self, maps):
         missing = [n for n in self.plan.names if n not in maps]
         if missing: raise OracleError(f"No map for {', '.join(missing)}; this oracle scores {', '.join(self.plan.names)} of {self.plan.arch}, got maps of {', '.join(maps) or 'nothing'}.")
         for n,c in self.plan.channels.items():
@@ -120,7 +120,7 @@ class FMCENet(nn.Module):
     def _repr_html_(self):
         import pandas as pd
         row = lambda k,v: f'<tr><th style="text-align:left">{html.escape(k)}</th><td style="text-align:left">{html.escape(v)}</td></tr>'
-        facts = {**card_facts({**self.card, **self._spec()}), 'weights':f"{self.n_params:,}{', frozen' if self.frozen else ', not frozen'}"}
+        facts = {**card_facts({**self.card, **self.spec()}), 'weights':f"{self.n_params:,}{', frozen' if self.frozen else ', not frozen'}"}
         scores = [{k:r[k] for k in ('module', 'mode', 'mae', 'rho') if k in r} for r in card_scores(self.card)]
         judged = f"<p>Judged on images held out from its fitting:</p>{pd.DataFrame(scores).round(3).to_html(index=False)}" if scores else '<p>Its card holds no measured figures.</p>'
         return f"<p><b>{type(self).__name__}</b>, a convergence oracle</p><table>{''.join(row(k, v) for k,v in facts.items())}</table>{judged}"
@@ -132,7 +132,7 @@ class FMCENet(nn.Module):
         path = Path(path)
         tensors = {k: v.detach().cpu().contiguous() for k,v in self.state_dict().items()}
         read_by = {} if self.plan is None else {'channels': self.plan.channels, 'arch': self.plan.arch}
-        self.card = write_oracle_file(path, tensors, {**self.card, **self._spec(), **read_by, 'package': 'fmce_fastai', 'version': __version__})
+        self.card = write_oracle_file(path, tensors, {**self.card, **self.spec(), **read_by, 'package': 'fmce_fastai', 'version': __version__})
         return path
 
     @classmethod
@@ -155,10 +155,10 @@ class FMCENet(nn.Module):
     def _from_tensors(cls, card, tensors):
         "An oracle as its card describes it, with these weights."
         # On the meta device first: a card may claim any width, and memory is taken only once the tensors are known to fit
-        with torch.device('meta'): want = {k: v.shape for k,v in cls._from_spec(card).state_dict().items()}
+        with torch.device('meta'): want = {k: v.shape for k,v in cls.from_spec(card).state_dict().items()}
         if want != {k: v.shape for k,v in tensors.items()}:
             raise ValueError(f"{len(want)} tensors of other names or shapes are needed, {len(tensors)} are there")
-        with torch.random.fork_rng(devices=[]): oracle = cls._from_spec(card)  # loading draws no random number
+        with torch.random.fork_rng(devices=[]): oracle = cls.from_spec(card)  # loading draws no random number
         oracle.load_state_dict(tensors, strict=True)
         return oracle
 
@@ -170,9 +170,9 @@ class FMCENet(nn.Module):
         from importlib.resources import files
         return cls.load(files('fmce_fastai')/'universal.safetensors', device)
 
-    def _spec(self): return dict(kind=self.kind, plan=self.plan.to_dict() if self.plan is not None else None, n_levels=self.n_levels)
+    def spec(self): return dict(kind=self.kind, plan=self.plan.to_dict() if self.plan is not None else None, n_levels=self.n_levels)
     @classmethod
-    def _from_spec(cls, spec): raise NotImplementedError
+    def from_spec(cls, spec): raise NotImplementedError
 
 def _kind_named(name):
     "The subclass of that `kind`, or None. Each module of `fmce_fastai.oracle` may define one: they are imported when an unknown kind is asked for."

@@ -59,6 +59,6 @@ class FittedFMCENet(FMCENet):
             net.mean.copy_(torch.as_tensor(means[n], dtype=torch.float32))
             net.std.copy_(torch.where(std > 1e-6*std.max().clamp(min=1e-12), std, 1.))
 
-    def _spec(self): return {**super()._spec(), 'width':self.width}
+    def spec(self): return {**super().spec(), 'width':self.width}
     @classmethod
-    def _from_spec(cls, spec): return cls(TapPlan.from_dict(spec['plan']), int(spec['n_levels']), int(spec['width']))
+    def from_spec(cls, spec): return cls(TapPlan.from_dict(spec['plan']), int(spec['n_levels']), int(spec['width']))

@@ -70,18 +70,18 @@ class UniversalFMCENet(FMCENet):
         bound.plan = plan
         return bound
 
-    def _check(self, maps):
+    def check_maps(self, maps):
         if not maps: raise OracleError("No maps to score: give a dict of tap name -> (B, C, H, W).")
         for n,m in maps.items():
             if m.ndim != 4: raise OracleError(f"The map of '{n}' has shape {tuple(m.shape)}; an oracle reads (B, C, H, W).")
-        return list(maps) if self.plan is None else super()._check(maps)
+        return list(maps) if self.plan is None else super().check_maps(maps)
 
     def _depths(self, names):
         "Relative depth of each module: the plan's, or evenly spaced in the order of the maps."
         known = {t.name:t.depth for t in self.plan} if self.plan is not None else {}
         return [known.get(n, (i+1)/len(names)) for i,n in enumerate(names)]
 
-    def _scored(self, maps, finite, targets):
+    def score_clean(self, maps, finite, targets):
         names,b = list(maps),len(next(iter(maps.values())))
         same = None if targets is None else same_class(targets.to(self.levels.device))
         logits,valid = [],[]
@@ -102,7 +102,7 @@ class UniversalFMCENet(FMCENet):
         if n < max(self.min_batch, 4): return fmap.flatten(1).sum(1, keepdim=True)*torch.zeros(self.n_levels, device=fmap.device), torch.zeros(n, dtype=torch.bool, device=fmap.device)
         features,varies = self.features(fmap, same)
         depth = torch.full((n, 1), float(depth), device=fmap.device)
-        if same is None: return self._free_logits(*features, depth), varies.expand(n)
+        if same is None: return self.free_logits(*features, depth), varies.expand(n)
         return self.labelled(torch.cat(features, -1), depth), varies & has_pair(same)
 
     def features(self,
@@ -114,12 +114,12 @@ class UniversalFMCENet(FMCENet):
         k = kernels(grams)
         return (labelled_features(k, u_center(k), same) if same is not None else free_features(k, u_center(k), share)), varies
 
-    def _free_logits(self, *features):
+    def free_logits(self, *features):
         return self.free(((torch.cat(features, -1) - self.free_mean)/self.free_std).clamp(-4, 4))
 
-    def _spec(self): return {**super()._spec(), 'width':self.width, 'free_width':self.free_width, 'min_batch':self.min_batch}
+    def spec(self): return {**super().spec(), 'width':self.width, 'free_width':self.free_width, 'min_batch':self.min_batch}
     @classmethod
-    def _from_spec(cls, spec):
+    def from_spec(cls, spec):
         plan = TapPlan.from_dict(spec['plan']) if spec.get('plan') else None
         return cls(int(spec['n_levels']), int(spec['width']), int(spec['free_width']), int(spec['min_batch']), plan)
 

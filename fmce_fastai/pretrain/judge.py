@@ -26,7 +26,7 @@ def judge_scores(oracle, table, run):
         d = depth.expand(m, q, 1)[None].expand(s, m, q, 1)
         mean = lambda logits, ok: (logits.softmax(-1) @ oracle.levels)[:,:,ok].mean(-1).numpy()
         out['labelled'].append(mean(oracle.labelled(f['lab'].float(), d), f['has']))
-        out['free'].append(mean(oracle._free_logits(f['free'].float(), d), torch.ones(q, dtype=torch.bool)))
+        out['free'].append(mean(oracle.free_logits(f['free'].float(), d), torch.ones(q, dtype=torch.bool)))
         out['cka_means'].append(f['cka'][...,0].numpy())
         out['cka_map'].append(f['cka'][...,1].numpy())
     return {k:np.mean(v, 0) for k,v in out.items()}

@@ -32,25 +32,25 @@ class Placebo(FMCECallback):
     def __init__(self, alpha, study, seed):
         super().__init__(alpha, when=0., taps=list(study.taps) or None, fmcs_loss=study.fmcs_loss)
         self.placebo_seed = seed
-    def _find_taps(self):
-        super()._find_taps()
+    def find_taps(self):
+        super().find_taps()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.placebo_seed)
-            self._scorer = FittedFMCENet(self._tap.plan).to(next(self.model.parameters()).device)
-        self._scorer.unset = True
-    def _score(self, maps):
-        if self._scorer.unset:
+            self.scorer = FittedFMCENet(self.feature_tap.plan).to(next(self.model.parameters()).device)
+        self.scorer.unset = True
+    def score_maps(self, maps):
+        if self.scorer.unset:
             with torch.no_grad():
                 stats = {n:(m.float().mean((0,2,3)), m.float().std((0,2,3))) for n,m in maps.items()}
-                self._scorer.set_stats({n:s[0].cpu() for n,s in stats.items()}, {n:s[1].cpu() for n,s in stats.items()})
-                self._scorer.freeze().unset = False
-        return self._scorer(maps)
+                self.scorer.set_stats({n:s[0].cpu() for n,s in stats.items()}, {n:s[1].cpu() for n,s in stats.items()})
+                self.scorer.freeze().unset = False
+        return self.scorer(maps)
 
 class ShuffledTargets(FMCECallback):
     "RAL by the universal oracle, which is told the classes of other images."
-    def _score(self, maps):
-        self._targets = self._targets[torch.from_numpy(np.random.default_rng(len(self._epoch)).permutation(len(self._targets))).to(self._targets.device)]
-        return super()._score(maps)
+    def score_maps(self, maps):
+        self.batch_targets = self.batch_targets[torch.from_numpy(np.random.default_rng(len(self.epoch_steps)).permutation(len(self.batch_targets))).to(self.batch_targets.device)]
+        return super().score_maps(maps)
 
 # %% ../../nbs/07d_study.controls.ipynb #3d04ff6a
 def set_generators(*key):

@@ -85,7 +85,7 @@ class FMCECallback(Callback):
         if memory and oracle is not None and not isinstance(oracle, UniversalFMCENet): raise ValueError(f"memory is {memory}, but the oracle is a {type(oracle).__name__}: it scores each image by itself. Leave memory out, or use the universal oracle.")
         self.alpha,self.oracle,self.tap_names,self.when,self.fmcs_loss,self.target_mode = alpha,FMCENet.universal() if oracle is None else oracle,taps,_check_when(when),fmcs_loss,targets
         self.memory,self._company = int(memory),None
-        self._tap,self._online,self._epoch,self._rows,self._fit,self._scorer,self._targets = None,None,[],[],0,None,None
+        self.feature_tap,self._online,self.epoch_steps,self._rows,self._fit,self.scorer,self.batch_targets = None,None,[],[],0,None,None
         self._last,self._warned,self._curve,self._losses = (float('nan'),)*3,False,[],{}
 
     @property
@@ -109,35 +109,35 @@ class FMCECallback(Callback):
 
     def before_train(self):
         # Without bar and logger a fit looks like a validation until here; nobody reads its table
-        if self._tap is None and not hasattr(self.learn, 'lr_finder'): self._begin()
+        if self.feature_tap is None and not hasattr(self.learn, 'lr_finder'): self._begin()
 
     def after_loss(self):
-        if self._tap is None: return
-        edges,maps = self._tap.edges(),self._tap.take()
-        if missing := [n for n in self._tap.plan.names if n not in maps]: self._not_arrived(missing)
-        self._targets = mixed_targets(self.learn) if self.target_mode == 'auto' else None
+        if self.feature_tap is None: return
+        edges,maps = self.feature_tap.edges(),self.feature_tap.take()
+        if missing := [n for n in self.feature_tap.plan.names if n not in maps]: self._not_arrived(missing)
+        self.batch_targets = mixed_targets(self.learn) if self.target_mode == 'auto' else None
         alpha = self._effective_alpha()
         norms = GradientNorms()
         with torch.set_grad_enabled(alpha > 0):
             if alpha == 0: views = {n:m.detach() for n,m in maps.items()}
-            else: views = norms.watch(maps, edges) if len(self._epoch) % NORMS_EVERY == 0 else maps
-            scores = self._score(views)
-            counts = self._counted & torch.tensor([m.requires_grad for m in maps.values()])
+            else: views = norms.watch(maps, edges) if len(self.epoch_steps) % NORMS_EVERY == 0 else maps
+            scores = self.score_maps(views)
+            counts = self.counted & torch.tensor([m.requires_grad for m in maps.values()])
             aux = fmcs_loss(scores, self.fmcs_loss, counts)
         why = self._blend(alpha, aux.value, counts)
         self._why[why] += 1
-        self._epoch.append(dict(alpha=alpha, why=why, task=self.loss.detach(), lr=float(self.opt.hypers[-1]['lr']), fmcs=_mean_valid(scores).detach(), loss=aux.modules.detach(), norms=norms))
+        self.epoch_steps.append(dict(alpha=alpha, why=why, task=self.loss.detach(), lr=float(self.opt.hypers[-1]['lr']), fmcs=_mean_valid(scores).detach(), loss=aux.modules.detach(), norms=norms))
         if self._online is not None: self._online.update(float(self.loss.detach()))
 
     def after_cancel_batch(self):
-        if self._tap is not None: self._tap.detach()
+        if self.feature_tap is not None: self.feature_tap.detach()
 
     def after_train(self): self._close_epoch(whole=True)
 
     def after_cancel_epoch(self): self._close_epoch()  # its `after_train` never came
 
     def after_fit(self):
-        if self._tap is None: return
+        if self.feature_tap is None: return
         self._close_epoch()  # a fit cancelled inside an epoch, for instance by TerminateOnNaNCallback
         silent = {w:n for w,n in self._why.items() if w not in (None, 'watched')}
         self.detach()
@@ -152,8 +152,8 @@ class FMCECallback(Callback):
         mine = lambda o, cls: isinstance(o, cls) and (o.owner is self or o.owner is None)
         if any(mine(m, _Column) for m in self.learn.metrics): self.learn.metrics = [m for m in self.learn.metrics if not mine(m, _Column)]
         self.learn.remove_cbs([cb for cb in self.learn.cbs if mine(cb, _ArmLast)])
-        if self._tap is not None: self._tap.detach()
-        self._tap,self._epoch,self._scorer,self._targets,self._company = None,[],None,None,None
+        if self.feature_tap is not None: self.feature_tap.detach()
+        self.feature_tap,self.epoch_steps,self.scorer,self.batch_targets,self._company = None,[],None,None,None
 
     @property
     def history(self) -> pd.DataFrame:
@@ -188,44 +188,44 @@ class FMCECallback(Callback):
         wanted = plan.names if self.tap_names is None else list(np.atleast_1d(self.tap_names))
         unknown = [n for n in wanted if n not in plan.names]
         if unknown or not wanted: raise TapError(f"taps names {', '.join(map(str, unknown)) or 'nothing'}; this oracle scores {', '.join(plan.names)}.")
-        self._counted = torch.tensor([n in wanted for n in plan.names])
+        self.counted = torch.tensor([n in wanted for n in plan.names])
         plan.resolve(self.model)
         return plan
 
     def _begin(self):
         "Set up for the fit that begins."
-        self._tap,self._fit,self._epoch,self._online,self._scorer = FeatureTap(self._check_oracle()),self._fit+1,[],None,self.oracle
+        self.feature_tap,self._fit,self.epoch_steps,self._online,self.scorer = FeatureTap(self._check_oracle()),self._fit+1,[],None,self.oracle
         self._why = Counter()  # steps by the reason why RAL did not act; None: it did
         if self.when == 'converged': self._online = OnlineCQI(len(self.dls.train))
         self.learn.add_cb(_ArmLast(self))
 
     def _arm(self):
-        if self._tap is None: return
-        if self._tap.plan is None: self._find_taps()
-        self._tap.arm(self.model)
+        if self.feature_tap is None: return
+        if self.feature_tap.plan is None: self.find_taps()
+        self.feature_tap.arm(self.model)
 
-    def _find_taps(self):
+    def find_taps(self):
         "Where the universal oracle reads this network, by the first batch."
         x = self.xb[0]
         x = x[:2].as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x
         with torch.autocast(next(self.model.parameters()).device.type, enabled=False): plan = tap_plan(self.model, self.tap_names, x=x)
         counted = plan.names if self.tap_names is not None else plan.names[-N_COUNTED:]
-        self._counted = torch.tensor([n in counted for n in plan.names])
-        self._tap.plan,self._scorer = plan,self.oracle.on(plan)
+        self.counted = torch.tensor([n in counted for n in plan.names])
+        self.feature_tap.plan,self.scorer = plan,self.oracle.on(plan)
 
-    def _score(self, maps):
-        if not self.memory or self._targets is None: return self._scorer(maps, self._targets)
-        counted = {name:m for (name,m),counts in zip(maps.items(), self._counted) if counts}
+    def score_maps(self, maps):
+        if not self.memory or self.batch_targets is None: return self.scorer(maps, self.batch_targets)
+        counted = {name:m for (name,m),counts in zip(maps.items(), self.counted) if counts}
         others = {name:m for name,m in maps.items() if name not in counted}
         scores,order = self._in_company(counted),[*counted, *others]
-        if others: scores = Scores(*(torch.cat(both, 1) for both in zip(scores, self._scorer_of(others)(others, self._targets))))
+        if others: scores = Scores(*(torch.cat(both, 1) for both in zip(scores, self._scorer_of(others)(others, self.batch_targets))))
         return Scores(*(s[:,[order.index(name) for name in maps]] for s in scores))
 
-    def _scorer_of(self, maps): return self.oracle.on(self._tap.plan.subset(maps))
+    def _scorer_of(self, maps): return self.oracle.on(self.feature_tap.plan.subset(maps))
 
     def _in_company(self, maps):
         "The scores of the batch's maps, with the last `memory` images beside them."
-        n,targets = len(self._targets),self._targets
+        n,targets = len(self.batch_targets),self.batch_targets
         maps = {name:pool_map(m) for name,m in maps.items()}
         if self._company is not None and all(m.shape[1:] == self._company[0][name].shape[1:] for name,m in maps.items()):
             maps = {name:torch.cat([m, self._company[0][name].to(m.dtype)]) for name,m in maps.items()}
@@ -239,7 +239,7 @@ class FMCECallback(Callback):
 
     def _acts_now(self):
         when = self.when
-        if when == 'auto': return self.oracle.plan is not None or self._targets is not None
+        if when == 'auto': return self.oracle.plan is not None or self.batch_targets is not None
         if when == 'converged': return self._online.converged
         if callable(when): return bool(when(self.learn))
         start,end = when if isinstance(when, tuple) else (when, 1.)
@@ -260,11 +260,11 @@ class FMCECallback(Callback):
 
     def _close_epoch(self, whole=False):
         "Means of the epoch that ended, as rows of `history`: over all processes, but of one that was cut short this process's own, since the others may be elsewhere."
-        if not self._epoch: return
-        names,steps = self._tap.plan.names,self._epoch
+        if not self.epoch_steps: return
+        names,steps = self.feature_tap.plan.names,self.epoch_steps
         fmcs,loss = (torch.stack([s[k] for s in steps]).float().cpu().numpy() for k in ('fmcs', 'loss'))
         why = Counter(s['why'] for s in steps)
-        means = [_nanmean(loss[:,self._counted.numpy()]), _nanmean(fmcs[:,self._counted.numpy()]), _nanmean(fmcs[:,-1])]
+        means = [_nanmean(loss[:,self.counted.numpy()]), _nanmean(fmcs[:,self.counted.numpy()]), _nanmean(fmcs[:,-1])]
         for j,name in enumerate(names):
             direct,rest = (sum(float(norm[name]) for norm in norms if name in norm) for norms in zip(*((s['norms'].direct, s['norms'].rest) for s in steps)))
             means += [_nanmean(fmcs[:,j]), _nanmean(loss[:,j]), direct/rest if rest > 0 else np.inf if direct > 0 else np.nan]
@@ -276,20 +276,20 @@ class FMCECallback(Callback):
         self._losses.setdefault(self._fit, []).append((np.array([torch.stack([s['task'] for s in steps]).float().cpu().numpy(), [s['lr'] for s in steps]], np.float32), n_batches))
         self._last,alpha = tuple(means[:3]),float(np.mean([s['alpha'] for s in steps]))
         for j,name in enumerate(names): self._rows.append([self._fit, int(self.epoch), name, *means[3*j+3:3*j+6], alpha, len(steps), why[None], *(why[r] for r in _REASONS)])
-        self._epoch = []
+        self.epoch_steps = []
 
     def _shown(self, i): return self._last[i]
 
     def __getstate__(self):
         "For `learn.export()`: neither the oracle's weights nor maps, hooks or columns travel along."
-        left = self._tap if self._tap is not None and self._tap._handles else None
-        if left is not None: left._remove()  # hooks of a forward that Ctrl-C ended: a network that is pickled after this is without them
-        return {**self.__dict__, 'oracle':None, '_scorer':None, '_targets':None, '_company':None, '_tap':left, '_epoch':[]}
+        left = self.feature_tap if self.feature_tap is not None and self.feature_tap.armed else None
+        if left is not None: left.remove_hooks()  # hooks of a forward that Ctrl-C ended: a network that is pickled after this is without them
+        return {**self.__dict__, 'oracle':None, 'scorer':None, 'batch_targets':None, '_company':None, 'feature_tap':left, 'epoch_steps':[]}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if self._tap is not None: self._tap.detach()  # one that was pickled before it has them: its copy is whole by now
-        self._tap = None
+        if self.feature_tap is not None: self.feature_tap.detach()  # one that was pickled before it has them: its copy is whole by now
+        self.feature_tap = None
 
 # %% ../../nbs/04d_train.callback.ipynb #aceea1d4
 _REASONS = ('watched', 'no_gradient', 'not_valid', 'not_finite')
