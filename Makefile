@@ -1,5 +1,5 @@
 # Three commands matter: `make demo` (the three stages on real images), `make test` (every test) and `make docs` (the site).
-# Each makes .venv on first use, or reuses it. PYTHON=python3.12 picks the interpreter,
+# Each creates .venv on first use, or reuses it. PYTHON=python3.12 picks the interpreter,
 # DEMO="--data fashion_mnist --root DIR" passes options to the demo, WORKERS=8 runs the tests in so many processes.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,15 +7,20 @@ DEMO ?=
 SWEEP ?=
 WORKERS ?= 2
 
-.PHONY: demo test sweep soak export docs tutorials workflows dist clean
+.PHONY: demo test style sweep soak export docs tutorials workflows dist clean
 
 demo: .venv/.installed
 	$(BIN)/fmce_train $(DEMO)
 
 test: .venv/.installed
 	$(BIN)/python tools/check_export.py
+	$(BIN)/python tools/style.py --check
 	MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(WORKERS) --timing
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Figures of readability, beside those of fastai, timm and grad-cam
+style: .venv/.installed
+	$(BIN)/python tools/style.py $$($(BIN)/python -c "import os, fastai.callback, timm.layers, pytorch_grad_cam as g; print(*(os.path.dirname(m.__file__) for m in (fastai.callback, timm.layers, g)))" 2>/dev/null)
 
 # Every timm family, trained for two batches in four settings: under two hours on two cores. It goes on where it was stopped; SWEEP="--families resnet,eva --jobs 1" passes options.
 sweep: .venv/.installed

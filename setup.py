@@ -9,11 +9,15 @@ config = ConfigParser(delimiters=["="])
 with open(here / "settings.ini", encoding="utf-8") as f: config.read_file(f)
 cfg = config["DEFAULT"]
 
+# PyPI has no files beside the page: pictures come from the repository
+readme = (here / "README.md").read_text(encoding="utf-8")
+pictures = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/main/nbs/images"
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8").replace("](nbs/images/", f"](https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/main/nbs/images/"),  # PyPI has no files beside the page
+    long_description=readme.replace("](nbs/images/", f"]({pictures}/"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -25,7 +29,7 @@ setup(
     package_data={cfg["lib_path"]: ["*.safetensors"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "cam": cfg["cam_requirements"].split(), "docs": cfg["docs_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "study", "cam", "docs")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

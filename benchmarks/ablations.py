@@ -14,7 +14,8 @@ from torch import nn
 
 import fmce_fastai.oracle.universal as oracle_module
 from fmce_fastai.oracle.kernels import N_KERNELS
-from fmce_fastai.pretrain.features import read_runs, read_tables
+from fmce_fastai.pretrain.features import read_tables
+from fmce_fastai.pretrain.labels import read_runs
 from fmce_fastai.pretrain.fit import train_universal
 from fmce_fastai.pretrain.judge import groups_of, judge_left_out
 from universal_oracle import interval

@@ -18,10 +18,11 @@ from fastai.callback.channelslast import ChannelsLast
 from importlib.metadata import version
 
 from fmce_fastai.study.alphas import fine_tune_alphas
-from fmce_fastai.study.cams import cam_statistics, compare_cams, MEASURES
+from fmce_fastai.study.cam_statistics import cam_statistics
+from fmce_fastai.study.cams import compare_cams, MEASURES
 from fmce_fastai.oracle.base import FMCENet
 from fmce_fastai.study.settings import Study
-from fmce_fastai.study.controls import NormEval
+from fmce_fastai.study.matched import NormEval
 from fmce_fastai.study.learner import build_learner, eval_dl, study_dls
 
 HERE = Path(__file__).resolve().parent

@@ -17,7 +17,6 @@ import torch
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
-from scipy import stats
 from torch import nn
 
 from fmce_fastai.train.callback import FMCECallback
@@ -25,7 +24,8 @@ from fmce_fastai.data.torchvision import fashion_mnist_dls
 from fmce_fastai.oracle.base import FMCENet
 from fmce_fastai.study.arms import ARMS
 from fmce_fastai.study.settings import Study
-from fmce_fastai.study.controls import NormEval
+from fmce_fastai.study.matched import NormEval
+from fmce_fastai.study.statistics import paired_difference
 from untrained_stage import lite0
 
 HERE = Path(__file__).resolve().parent
@@ -65,9 +65,8 @@ def differences():
         plain = part[part.arm == "plain"].set_index("seed").accuracy
         for (arm, alpha), g in part.groupby(["arm", "alpha"]):
             g = g.set_index("seed").accuracy
-            diff = 100*(g - plain).dropna()
-            low, high = stats.t.interval(.95, len(diff)-1, diff.mean(), diff.std()/len(diff)**.5) if arm != "plain" and len(diff) > 1 else (np.nan, np.nan)
-            yield split, norms, lr, arm, alpha, len(g), 100*g.mean(), diff.mean(), low, high, int((diff > 0).sum())
+            d = paired_difference(100*(g - plain))
+            yield split, norms, lr, arm, alpha, len(g), 100*g.mean(), d["difference"], d["low"], d["high"], d["above"]
 
 def report(): print(pd.DataFrame(differences(), columns="split norms lr arm alpha seeds accuracy difference low high above_0".split()).round(2).to_string(index=False))
 

@@ -10,19 +10,18 @@ import argparse, csv, time, warnings
 from pathlib import Path
 
 import fastai.callback.schedule
-import numpy as np
 import pandas as pd
 import timm, torch
 from fastai.basics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.learner import vision_learner
-from scipy import stats
 
 from fmce_fastai.train.callback import FMCECallback
 from fmce_fastai.data.torchvision import fashion_mnist_dls
 from fmce_fastai.oracle.base import FMCENet
-from fmce_fastai.study.learner import load_efficientnet_lite
+from fmce_fastai.study.weights import load_efficientnet_lite
 from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.study.statistics import paired_difference
 from fmce_fastai.maps.find import tap_plan
 
 HERE = Path(__file__).resolve().parent
@@ -64,10 +63,11 @@ def report():
     d = pd.DataFrame(read()).astype({"accuracy": float, "fmcs_other": float, "seed": int})
     for setting, g in d.groupby("setting"):
         wide = g.pivot(index="seed", columns="arm", values=["accuracy", "fmcs_other"]).dropna()
-        diff = 100*(wide["accuracy", "ral"] - wide["accuracy", "plain"])
-        low, high = stats.t.interval(.95, len(diff)-1, diff.mean(), diff.std()/len(diff)**.5) if len(diff) > 1 else (np.nan, np.nan)
-        print(f"{setting}: {len(diff)} seeds, plain {100*wide['accuracy', 'plain'].mean():.2f}, ral {100*wide['accuracy', 'ral'].mean():.2f}, difference {diff.mean():+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}; "
-              f"another oracle's FMCS of the last map: plain {wide['fmcs_other', 'plain'].mean():.3f}, ral {wide['fmcs_other', 'ral'].mean():.3f}, higher in {int((wide['fmcs_other', 'ral'] > wide['fmcs_other', 'plain']).sum())} of {len(diff)}")
+        d = paired_difference(100*(wide["accuracy", "ral"] - wide["accuracy", "plain"]))
+        accuracy, other = 100*wide["accuracy"].mean(), wide["fmcs_other"]
+        print(f"{setting}: {d['seeds']} seeds, plain {accuracy['plain']:.2f}, ral {accuracy['ral']:.2f}, difference {d['difference']:+.2f} points, "
+              f"95 % interval {d['low']:+.2f} to {d['high']:+.2f}; another oracle's FMCS of the last map: plain {other['plain'].mean():.3f}, "
+              f"ral {other['ral'].mean():.3f}, higher in {int((other['ral'] > other['plain']).sum())} of {d['seeds']}")
 
 def main(setting, seeds, root):
     warnings.filterwarnings("ignore")

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fmce_fastai.pretrain.features import read_runs, read_tables
+from fmce_fastai.pretrain.features import read_tables
+from fmce_fastai.pretrain.labels import read_runs
 from fmce_fastai.pretrain.judge import judge_left_out
 
 HERE = Path(__file__).resolve().parent

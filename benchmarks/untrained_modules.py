@@ -16,7 +16,8 @@ from fastai.vision.learner import vision_learner
 import fastai.callback.schedule
 from fmce_fastai.data.digits import digits_dls
 from fmce_fastai.data.torchvision import fashion_mnist_dls
-from fmce_fastai.report.report import fmce_report, LEAST_LEARNT
+from fmce_fastai.report.control import LEAST_LEARNT
+from fmce_fastai.report.report import fmce_report
 from fmce_fastai.oracle.base import FMCENet
 from fmce_fastai.study.learner import timm_kwargs
 from fmce_fastai.maps.find import tap_plan

@@ -17,7 +17,7 @@ from scipy.stats import mannwhitneyu
 from fmce_fastai.oracle.base import FMCENet
 from fmce_fastai.pretrain.tasks import make_task
 from fmce_fastai.pretrain.record import reestimate_norms
-from fmce_fastai.study.learner import load_efficientnet_lite
+from fmce_fastai.study.weights import load_efficientnet_lite
 from fmce_fastai.maps.tap import FeatureTap
 from fmce_fastai.maps.stages import stage_params
 from fmce_fastai.maps.find import tap_plan

@@ -24,7 +24,8 @@ from fmce_fastai.report.cam import CamError, cam_plan, grad_cam
 from fmce_fastai.report.plots import fmcs_over_training, plot_calibration, plot_fmcs
 from fmce_fastai.report.report import fmce_report
 from fmce_fastai.study.alphas import fine_tune_alphas
-from fmce_fastai.study.cams import CamComparison, cam_statistics, compare_cams
+from fmce_fastai.study.cam_statistics import cam_statistics
+from fmce_fastai.study.cams import CamComparison, compare_cams
 from fmce_fastai.study.run import run_study
 from fmce_fastai.study.arms import StudyError
 from fmce_fastai.study.settings import Study

@@ -38,7 +38,7 @@ def on_cpu(self, t, rank):
     return t.tolist()
 
 class Halves(Callback):
-    "What two processes do, in one: the loss is the mean of the losses of the batch's halves, each with its FMCS loss, and each with company of its own."
+    "What two processes do, in one: the loss is the mean of the losses of the batch's halves, each with its FMCS loss, and each with a memory bank of its own."
     order, run_valid = FMCECallback.order + .1, False
     def __init__(self, alpha, oracle, plan, memory=0):
         self.alpha, self.oracle, self.plan, self.memory, self.kept = alpha, oracle.on(plan.subset(plan.names[-2:])), plan.subset(plan.names[-2:]), memory, [None, None]

@@ -19,7 +19,7 @@ from fmce_fastai.oracle.dataset import DatasetError, FMCSDataset
 from fmce_fastai.train.recorder import FMCSRecorder
 from fmce_fastai.study.arms import StudyError
 from fmce_fastai.study.settings import Study
-from fmce_fastai.study.jobs import read_rows
+from fmce_fastai.study.rows import read_rows
 from fmce_fastai.study.run import run_study, write_report
 from helpers import make_model, make_oracle, tensor_learner
 

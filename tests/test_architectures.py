@@ -122,7 +122,7 @@ def test_plans_are_cached_by_architecture(monkeypatch):
     import fmce_fastai.maps.find as find_module
     model = make("test_vit")
     first = tap_plan(model)
-    monkeypatch.setattr(find_module, "probe", lambda *a: pytest.fail("probed again"))
+    monkeypatch.setattr(find_module, "probe_network", lambda *a: pytest.fail("probed again"))
     seed_all(9)
     again = tap_plan(timm.create_model("test_vit", num_classes=10, img_size=64))
     assert again == first and again is not first and again.taps is not first.taps
@@ -268,12 +268,12 @@ def test_a_stage_inside_a_tuple(arch, element):
     name = plan.taps[-1].name
     assert tap_plan(model, [name]).taps[0] == plan.taps[-1]
     assert tap_plan(model, [plan.taps[-1].module]).taps[0].module == plan.taps[-1].module
-    with pytest.raises(TapError, match=r"\[9\] gives no tensor there"): tap_plan(model, [plan.taps[-1].module + "[9]"])
+    with pytest.raises(TapError, match=r"\[9\] returns no tensor there"): tap_plan(model, [plan.taps[-1].module + "[9]"])
 
 
 def test_a_fixed_image_size_is_one_clear_error_before_the_first_batch():
     model = timm.create_model("levit_128s")
-    with pytest.raises(TapError, match=r"levit_128s does not run on an input of shape \(2, 3, 64, 64\).*timm gives 224x224.*img_size="): tap_plan(model, size=64)
+    with pytest.raises(TapError, match=r"levit_128s does not run on an input of shape \(2, 3, 64, 64\).*timm lists 224x224.*img_size="): tap_plan(model, size=64)
     assert hook_count(model) == 0
     recorder = FMCSRecorder(n_images=16)
     learn = tensor_learner("levit_128s", size=64, cbs=recorder)
@@ -551,7 +551,7 @@ def test_channels_last_is_told_where_shapes_are_near(size):
 
 def test_windows_and_sequences_are_no_maps():
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(3, 6), embed_dim=24)
-    with pytest.raises(TapError, match=r"layers.0.blocks.0.attn gives \(8, 49, 24\): not a"): tap_plan(model, ["layers.0.blocks.0.attn"])
+    with pytest.raises(TapError, match=r"layers.0.blocks.0.attn returns \(8, 49, 24\): not a"): tap_plan(model, ["layers.0.blocks.0.attn"])
     class Lines(nn.Module):
         def __init__(self): super().__init__(); self.patch, self.mix = nn.Conv2d(3, 64, 16, 16), nn.Conv1d(64, 64, 3, padding=1)
         def forward(self, x): return self.mix(self.patch(x).flatten(2)).mean(2)

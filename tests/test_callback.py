@@ -25,7 +25,8 @@ from fastai.learner import load_learner
 from torch import nn
 
 import fmce_fastai
-from fmce_fastai.train.callback import _ArmLast, FMCECallback
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.train.columns import ArmLast
 from fmce_fastai.convergence.online import OnlineCQI
 from fmce_fastai.oracle.files import tensors_sha256
 from fmce_fastai.oracle.base import FMCENet, OracleError
@@ -46,7 +47,7 @@ pytestmark = [
     # optimizer states and exports that NumPy 1 wrote are read by fastai through the old name
     pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
     # these fits are far too short to converge, and the recorder says so
-    pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning"),
+    pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.run.ConvergenceWarning"),
     # a fit that is broken off in its first step steps the scheduler's parameters without an optimizer's step
     pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning"),
 ]
@@ -298,7 +299,7 @@ def test_columns_come_after_valid_loss_and_go():
     learn = with_ral(.5)
     learn.fit(1)
     assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "accuracy", *COLUMNS, "time"]
-    assert len(learn.metrics) == 1 and hook_count(learn.model) == 0 and not learn.cbs.filter(lambda c: isinstance(c, _ArmLast))
+    assert len(learn.metrics) == 1 and hook_count(learn.model) == 0 and not learn.cbs.filter(lambda c: isinstance(c, ArmLast))
     learn.remove_cb(learn.fmce)
     learn.fit(1)
     assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "accuracy", "time"]
@@ -543,7 +544,7 @@ def test_nothing_is_left_however_a_fit_ends(event, error, order, arch, oracle):
     assert hook_count(learn.model) == 0
     learn.fit(2)
     assert hook_count(learn.model) == 0 and len(learn.metrics) == 1
-    assert not [c for c in learn.cbs if isinstance(c, _ArmLast)]
+    assert not [c for c in learn.cbs if isinstance(c, ArmLast)]
     assert shape_of(learn) == (["epoch", "train_loss", "valid_loss", "accuracy", *COLUMNS, "time"], [6, 6], 2)
     last = learn.fmce.history.query("fit == fit.max()")
     assert last.groupby("epoch").steps.first().tolist() == [2, 2] and (last.acted == 2).all()
@@ -602,7 +603,7 @@ def test_an_error_inside_the_networks_forward(error, then, arch, kind, tmp_path)
     if then == "fit": learn.fit(1); assert learn.fmce.history.acted.tolist()[-1] == 4
     elif then == "validate": assert len(learn.validate()) == 2
     elif then == "get_preds": learn.get_preds()
-    elif then == "detach": learn.fmce.detach(); assert not [c for c in learn.cbs if isinstance(c, _ArmLast)]
+    elif then == "detach": learn.fmce.detach(); assert not [c for c in learn.cbs if isinstance(c, ArmLast)]
     elif then == "callback first":  # pickled before the network
         again = cloudpickle.loads(cloudpickle.dumps(learn.fmce)).learn
         assert hook_count(again.model) == hook_count(learn.model) == 0
@@ -612,7 +613,7 @@ def test_an_error_inside_the_networks_forward(error, then, arch, kind, tmp_path)
         again = load_learner(tmp_path/"a.pkl")
         assert hook_count(again.model) == hook_count(learn.model) == 0
         again.predict(learn.dls.valid_ds[0][0])
-        assert len(again.metrics) == 1 and not [c for c in again.cbs if isinstance(c, _ArmLast)]
+        assert len(again.metrics) == 1 and not [c for c in again.cbs if isinstance(c, ArmLast)]
         return
     assert hook_count(learn.model) == 0 and len(learn.metrics) == 1
 
@@ -652,7 +653,7 @@ def test_ctrl_c_at_any_line_of_ours(arch, kind):
         learn.validate()
         assert hook_count(learn.model) == 0 and not learn.model.training, ctrl_c.where
         learn.fit(2)
-        assert hook_count(learn.model) == 0 and len(learn.metrics) == 1 and not [c for c in learn.cbs if isinstance(c, _ArmLast)], ctrl_c.where
+        assert hook_count(learn.model) == 0 and len(learn.metrics) == 1 and not [c for c in learn.cbs if isinstance(c, ArmLast)], ctrl_c.where
         assert shape_of(learn) == (["epoch", "train_loss", "valid_loss", "accuracy", *COLUMNS, "time"], [6, 6], 2), ctrl_c.where
         last = learn.fmce.history.query("fit == fit.max()")
         assert last.groupby("epoch").steps.first().tolist() == [2, 2] and (last.acted == 2).all(), ctrl_c.where
@@ -702,7 +703,7 @@ def test_taking_the_callback_away_after_a_broken_fit():
     learn.remove_cb(learn.fmce)
     learn.fit(1)
     assert list(learn.recorder.metric_names) == ["epoch", "train_loss", "valid_loss", "accuracy", "time"]
-    assert hook_count(learn.model) == 0 and not [c for c in learn.cbs if isinstance(c, _ArmLast)]
+    assert hook_count(learn.model) == 0 and not [c for c in learn.cbs if isinstance(c, ArmLast)]
 
 
 def test_a_callback_given_to_fit_goes_with_it():
@@ -784,7 +785,7 @@ def test_export_holds_no_oracle_and_no_hook(tmp_path, kwargs, fitted, arch):
 def test_a_copy_by_pickle_holds_no_map():
     learn = with_ral(.5)
     learn.fit(1)
-    assert len(pickle.dumps(learn.fmce.__getstate__()["_rows"])) < 10_000 and learn.fmce.__getstate__()["oracle"] is None
+    assert len(pickle.dumps(learn.fmce.__getstate__()["_history"].rows)) < 10_000 and learn.fmce.__getstate__()["oracle"] is None
 
 
 def test_autocast_around_the_forward():

@@ -1,4 +1,4 @@
-"Grad-CAM against an independent formula, on every layout; nothing is left behind; the numbers on planted maps; copies are trained on the same batches."
+"Grad-CAM against an independent formula, on every layout; nothing is left behind; the measures of planted maps; copies are trained on the same batches."
 import copy
 import sys
 import warnings
@@ -15,9 +15,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the package's own dependencies deprecate at import
     import pytorch_grad_cam.metrics.road
 
-from fmce_fastai.report.cam import cam_entropy, cam_plan, cam_removal, cam_top_share, CamError, grad_cam, predicted
+from fmce_fastai.report.cam import cam_plan, CamError, grad_cam, predicted
+from fmce_fastai.report.cam_measures import cam_entropy, cam_removal, cam_top_share
 from fmce_fastai.study.alphas import fine_tune_alphas
-from fmce_fastai.study.cams import cam_statistics, compare_cams
+from fmce_fastai.study.cam_statistics import cam_statistics
+from fmce_fastai.study.cams import compare_cams
 from fmce_fastai.util.state import hook_count
 from fmce_fastai.maps.intermediates import randomize_scales
 from helpers import RaiseAt, TinyNet, assert_same, make_learner, rng_state, tensor_dls, tensor_learner, weights
@@ -33,7 +35,7 @@ def tiny(seed=0):
 def images(n=3, h=32, w=32, seed=1): return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 def by_hand(first, rest, x, classes, grid=None):
-    "Grad-CAM as it is written down: `first` gives the map, `rest` the scores from it; tokens (B, 1 + h*w, C) are cut into the grid row by row."
+    "Grad-CAM by its formula: `first` gives the map, `rest` the scores from it; tokens (B, 1 + h*w, C) are cut into the grid row by row."
     a = first(x).detach().requires_grad_()
     g = torch.autograd.grad(rest(a)[torch.arange(len(x)), classes].sum(), a)[0]
     if grid is not None: a, g = (t[:, -grid[0]*grid[1]:].reshape(len(x), *grid, -1).permute(0, 3, 1, 2) for t in (a, g))
@@ -90,7 +92,7 @@ def test_lights_up_where_the_image_differs(net, grid, layout, where):
     with torch.no_grad():
         for name, p in net.named_parameters():
             if "pos_embed" in name: p.zero_()
-            # the class token has to hear of the others, in the last block
+            # The class token must attend to the others, in the last block
             if "attn.proj" in name and not name.startswith("blocks.5"): p.zero_()
         # The image's norm layers would make every plain patch the same
         for i, j in ((1, grid[1]-2), (grid[0]-1, 0)):
@@ -188,7 +190,7 @@ def test_refusals(monkeypatch):
     with pytest.raises(CamError, match="No map of TinyNet has 7x7 cells on images of 12x12: the finest is 6x6. Give larger images .56 px are enough for the last map., or min_grid=6."): cam_plan(net, images(h=12, w=12))
     assert cam_plan(net, images(h=12, w=12), min_grid=6).names == ["stem"]
     assert cam_plan(net, images()).note.endswith("the last map, stage2, is 4x4: images of 56 px make it 7x7") and cam_plan(net, images(h=56, w=56)).names == ["stage2"]
-    with pytest.raises(CamError, match=r"the network gives \(3, 16\)|The network gives"): grad_cam(nn.Sequential(net.stem, nn.Flatten(1), nn.Flatten(0)), images())
+    with pytest.raises(CamError, match=r"The network returns \(\d+,\); Grad-CAM explains the score of one class of several"): grad_cam(nn.Sequential(net.stem, nn.Flatten(1), nn.Flatten(0)), images())
     with pytest.raises(CamError, match="do not depend on the map"):
         dead = tiny()
         nn.init.zeros_(dead.head.weight)
@@ -239,7 +241,7 @@ def test_copies_keep_callbacks_but_ral():
 
 
 def test_comparison_of_learners():
-    "Same images, classes of the plain network in every column, numbers of the maps."
+    "Same images, classes of the plain network in every column, measures of the maps."
     learn = tensor_learner(n=32, n_valid=12, size=32)
     nets = dict(plain=learn, other=tiny().train())
     nets["other"].head = nn.Linear(16, 10)
@@ -280,7 +282,7 @@ def test_statistics_equal_a_paired_test():
     with pytest.raises(CamError, match="the frame has plain"): cam_statistics(frame, "before", measures=("entropy",))
 
 def test_statistics_pair_image_by_image():
-    "A blank map takes its partner along: here the image with the high entropy."
+    "An image whose map is blank in one network is left out in both: here the image with the high entropy."
     frame = planted(np.random.default_rng(0), gain=0.)
     frame.loc[frame.image == 0, "entropy"] += 1.
     frame.loc[(frame.image == 0) & (frame.name == "alpha 0.80"), "entropy"] = np.nan

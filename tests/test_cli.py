@@ -1,4 +1,5 @@
-"The commands. `fmce_train`: what it leaves, what it says when something is wrong, and that a broken run goes on to the same figures."
+"The commands. `fmce_train`: what it writes, what it prints when something is wrong, and that an interrupted run resumes to the same figures."
+import argparse
 import csv
 import json
 import os
@@ -14,22 +15,32 @@ import pytest
 import timm
 import torch
 from fastai.vision.learner import model_meta
+from fastcore.script import anno_parser
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18, shufflenet_v2_x1_0
 
-from fmce_fastai.cli.common import CommandError, check_weights
-from fmce_fastai.cli.stages import finished_stages, run_dls, run_learner
+from fmce_fastai import __version__
+from fmce_fastai.cli.common import CommandError
+from fmce_fastai.cli.learner import run_dls, run_learner
+from fmce_fastai.cli.networks import check_weights
+from fmce_fastai.cli.options import resumed_settings
+from fmce_fastai.cli.pretrain import fmce_pretrain
+from fmce_fastai.cli.report import fmce_report
+from fmce_fastai.cli.stages import finished_stages
+from fmce_fastai.cli.study import fmce_study
+from fmce_fastai.cli.summary import summary
 from fmce_fastai.cli.taps import fmce_taps
-from fmce_fastai.cli.train import fmce_train, resumed_settings, summary
+from fmce_fastai.cli.train import fmce_train
 from fmce_fastai.data.digits import digits_dls
 
 TINY = dict(arch='test_resnet', epochs=6, ral_epochs=1, oracle_epochs=4, n_images=64, n_snapshots=8)
 STAGES = ('stage1', 'stage2', 'stage3_plain', 'stage3_ral')
 
+def script(name): return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]))
+
 def command(**options):
-    script = shutil.which('fmce_train', path=os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]))
-    return [script, *(str(o) for k,v in options.items() for o in ('--' + k.replace('_', '-'), v))]
+    return [script('fmce_train'), *(str(o) for k,v in options.items() for o in ('--' + k.replace('_', '-'), v))]
 
 def figures(results):
     "All of `results.json` but times and the folder."
@@ -72,6 +83,31 @@ def test_resume_heeds_an_option_that_equals_its_default(copy):
     assert run.returncode == 1 and '--epochs 12 does not go with --resume' in run.stderr, run.stderr
 
 
+# All commands ----------------------------------------------------------------------------------------------------------
+
+COMMANDS = dict(fmce_train=fmce_train, fmce_taps=fmce_taps, fmce_report=fmce_report, fmce_pretrain=fmce_pretrain, fmce_study=fmce_study)
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_version(name):
+    run = subprocess.run([script(name), '--version'], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f'fmce_fastai {__version__}\n', '')
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_shows_every_option_with_its_default(name):
+    run = subprocess.run([script(name), '--help'], capture_output=True, text=True)
+    assert run.returncode == 0 and f'fmce_fastai {__version__}' in run.stdout
+    actions = anno_parser(COMMANDS[name].__wrapped__)._actions
+    shown = [a for a in actions if a.option_strings and a.help != argparse.SUPPRESS]
+    assert {'--help', '--version'} < {o for a in shown for o in a.option_strings}
+    for a in shown:
+        assert a.option_strings[-1] in run.stdout
+        if a.dest not in ('help', 'version'): assert a.help.count('(default: ') == 1, a.help
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_python_callers_see_no_version(name):
+    import inspect
+    assert 'version' not in inspect.signature(COMMANDS[name]).parameters
+
 # What a run leaves -----------------------------------------------------------------------------------------------------
 
 def test_a_run_leaves_what_is_promised(finished):
@@ -109,7 +145,7 @@ def test_alpha_09_does_not_equal_the_control(finished):
     plain,ral,start = (load_file(finished/f'{n}.safetensors') for n in ('stage3_plain', 'stage3_ral', 'stage1'))
     assert any(not torch.equal(plain[k], ral[k]) for k in plain) and any(not torch.equal(plain[k], start[k]) for k in plain)
 
-# Broken off ------------------------------------------------------------------------------------------------------------
+# Interrupted -----------------------------------------------------------------------------------------------------------
 
 def stop(out, when, sig):
     "Start the command and send it `sig` when its output has `when`; returns its exit status and what it said."
@@ -150,7 +186,7 @@ def test_a_repeated_stage_takes_along_what_rests_on_it(copy, finished):
 def test_options_of_finished_stages_stay(copy, refused):
     out = copy('stage1', 'stage2', 'stage3_plain')
     assert '--epochs 9 does not go with --resume' in refused(resume=out, epochs=9)
-    assert 'stage3_plain is finished with it' in refused(resume=out, ral_lr=1e-5)
+    assert 'stage3_plain, which uses it, is finished' in refused(resume=out, ral_lr=1e-5)
     assert resumed_settings(out, dict(alpha=0.5))['alpha'] == 0.5
 
 # Damage ----------------------------------------------------------------------------------------------------------------
@@ -219,7 +255,7 @@ def test_existing_folder_is_left_alone(finished, refused, tmp_path):
     assert 'already exists and holds a run' in refused(**TINY, out=finished)
     assert before == {f:f.stat().st_mtime_ns for f in finished.rglob('*')}
     (tmp_path/'mine.txt').write_text('x')
-    assert 'no empty folder' in refused(**TINY, out=tmp_path)
+    assert 'not an empty folder' in refused(**TINY, out=tmp_path)
     assert 'no options.json' in refused(resume=tmp_path) and 'cannot be read' in refused(resume=tmp_path/'mine.txt')
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -254,7 +290,7 @@ def test_cut_reaches_the_network():
 
 def test_loss_not_a_number_in_stage_1(refused, tmp_path):
     said = refused(**{**TINY, 'lr':1e30}, out=tmp_path/'o', lines=2)
-    assert 'the loss of stage 1 became nan' in said and 'lower --lr' in said and 'Go on with: fmce_train' not in said and 'Exception occured' not in said
+    assert 'the loss of stage 1 became nan' in said and 'lower --lr' in said and 'Resume with: fmce_train' not in said and 'Exception occured' not in said
 
 def test_loss_not_a_number_in_stage_3_keeps_the_rest(copy, refused, finished):
     out = copy('stage1', 'stage2')

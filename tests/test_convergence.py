@@ -2,8 +2,8 @@
 import json, math, pickle, subprocess, sys, warnings
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from fmce_fastai.convergence.cqi import converged_step, cqi, cqi_noise, cqi_online, smooth_losses, window_steps
-from fmce_fastai.convergence.noise import real_drop
+from fmce_fastai.convergence.cqi import converged_step, cqi, cqi_online, smooth_losses, window_steps
+from fmce_fastai.convergence.noise import cqi_noise, real_drop
 from fmce_fastai.convergence.online import OnlineCQI
 from fmce_fastai.convergence.labels import level_targets, levels, markers, progress
 from fmce_fastai.convergence.run import Convergence, convergence, ConvergenceError, ConvergenceWarning

@@ -24,11 +24,12 @@ import fmce_fastai.data.folder as folder_module
 import fmce_fastai.data.loaders as loaders_module
 import fmce_fastai.data.torchvision as torchvision_module
 from fmce_fastai.data.images import as_bytes, DataError, fit_square
-from fmce_fastai.data.arrays import array_dls, class_shares, stratified_subset
+from fmce_fastai.data.arrays import array_dls
 from fmce_fastai.data.digits import digits_dls, digits_split
 from fmce_fastai.data.torchvision import cifar100_dls, cifar10_dls, fashion_mnist_dls, mnist_dls
 from fmce_fastai.data.folder import folder_dls
 from fmce_fastai.data.names import data_sets, get_dls
+from fmce_fastai.data.subsets import class_shares, stratified_subset
 
 pytestmark = [
     # fastai and torch say these about their own code, not about ours
@@ -405,7 +406,7 @@ def test_harmed_idx_files_are_named(tmp_path, name, gz, harm):
     with pytest.raises(FileNotFoundError if harm == "missing" else DataError) as e: mnist_dls(root=tmp_path)
     message = str(e.value)
     assert name in message and "root=" in message and "download=True" in message
-    words = dict(missing="missing", empty="empty", half="half-written", longer="promises").get(harm)
+    words = dict(missing="missing", empty="empty", half="truncated", longer="specifies").get(harm)
     if words: assert words in message
 
 
@@ -505,7 +506,7 @@ def test_only_official_cifar_files_are_opened(cifar, harm, which):
 def test_cifar_archive_cut_short(cifar):
     cls, folder, archive, build = cifar
     archive.write_bytes(archive.read_bytes()[:1000])
-    with pytest.raises(DataError, match="half-written or changed"): build(root=archive.parent)
+    with pytest.raises(DataError, match="truncated or changed"): build(root=archive.parent)
 
 
 # ---- downloads ------------------------------------------------------------------------------------------------------
@@ -647,7 +648,7 @@ def test_names(tmp_path):
 
 @pytest.mark.parametrize("kwargs, words", [
     (dict(data="digit"), "Did you mean 'digits'"), (dict(data="cifar-1000"), "Did you mean 'cifar100'"), (dict(data="xyz"), "Data sets: digits, mnist"),
-    (dict(data="digits", root="/x"), "takes no root"), (dict(data=".", root="/x"), "does not go with a folder")])
+    (dict(data="digits", root="/x"), "takes no root"), (dict(data=".", root="/x"), "cannot be combined with a folder")])
 def test_wrong_names(kwargs, words):
     with pytest.raises(DataError) as e: get_dls(**kwargs)
     assert words in str(e.value)

@@ -47,7 +47,7 @@ def test_images_are_split_not_rows():
 
 def test_held_out_images_are_never_trained_on(dataset, monkeypatch):
     trained, stats = set(), set()
-    batch, channel_stats = module.MapRows.batch, module._channel_stats
+    batch, channel_stats = module.MapRows.batch, module.channel_stats
     class Flag(Callback):
         def before_train(self): self.learn.rows_training = True
         def after_train(self): self.learn.rows_training = False
@@ -56,7 +56,7 @@ def test_held_out_images_are_never_trained_on(dataset, monkeypatch):
         if getattr(flag, "learn", None) is not None and getattr(flag.learn, "rows_training", False): trained.update(rows[:, 2].tolist())
         return batch(self, rows)
     monkeypatch.setattr(module.MapRows, "batch", spy)
-    monkeypatch.setattr(module, "_channel_stats", lambda rows, images: (stats.update(map(int, images)), channel_stats(rows, images))[1])
+    monkeypatch.setattr(module, "channel_stats", lambda rows, images: (stats.update(map(int, images)), channel_stats(rows, images))[1])
     oracle = fit_oracle(dataset, cbs=flag, **QUICK)
     held = set(oracle.card["held_out_images"])
     assert len(held) == round(dataset.n_images*.2) and trained | held == set(range(dataset.n_images)) and not trained & held and not stats & held

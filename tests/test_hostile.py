@@ -27,7 +27,7 @@ from fmce_fastai.oracle.dataset import DatasetError
 from fmce_fastai.train.recorder import FMCSRecorder
 from fmce_fastai.study.arms import StudyError
 from fmce_fastai.study.settings import Study
-from fmce_fastai.study.jobs import read_rows
+from fmce_fastai.study.rows import read_rows
 from fmce_fastai.study.run import run_study
 from fmce_fastai.maps.plan import TapError
 from fmce_fastai.maps.tap import FeatureTap
@@ -183,7 +183,7 @@ def test_empty_batches(kind):
     learn = trained(without_norm(), kind, Empty(2), taps="stage1")
     assert (history(learn).steps, history(learn).acted, history(learn).not_valid) == (4, 3, 1)
     if kind == "universal":
-        with pytest.raises(TapError, match=r"stage1 gives \(0, 12, 4, 4\)"): trained(without_norm(), kind, Empty(0), taps="stage1")
+        with pytest.raises(TapError, match=r"stage1 returns \(0, 12, 4, 4\)"): trained(without_norm(), kind, Empty(0), taps="stage1")
 
 
 def recorded_by(make, *cbs, taps="odd"):
@@ -200,7 +200,7 @@ def recorded_by(make, *cbs, taps="odd"):
     assert_same(*after)
     return rec[0].dataset
 
-@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run does not converge
+@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.run.ConvergenceWarning")  # so short a run does not converge
 @pytest.mark.parametrize("case", ["nan", "inf", "constant", "sizes", "twice", "tuple", "dict", "nested", "empty"])
 def test_the_recorder_writes_what_is_there(case):
     if case in ("nan", "inf"): ds = recorded_by(lambda: make_aside(row_of(float(case))))
@@ -252,7 +252,7 @@ def cut_everywhere(files, read, error):
         f.write_bytes(data)
     read()
 
-@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run does not converge
+@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.run.ConvergenceWarning")  # so short a run does not converge
 def test_data_sets_and_studies_cut_at_every_percent(tmp_path):
     data_set(tmp_path/"maps")
     cut_everywhere([p for p in (tmp_path/"maps").rglob("*") if p.is_file()], lambda: all_of(tmp_path/"maps"), DatasetError)
@@ -343,7 +343,7 @@ def recorded(tmp_path_factory):
     data_set(folder)
     return folder
 
-@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run does not converge
+@pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.run.ConvergenceWarning")  # so short a run does not converge
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read as Linux tells it")
 def test_data_sets_of_terabytes_pipes_and_links(recorded, tmp_path): assert_refused(DATA_SET_HARM, recorded, tmp_path, all_of, DatasetError)
 

@@ -15,7 +15,7 @@ from fmce_fastai.train.callback import FMCECallback
 from fmce_fastai.train.recorder import FMCSRecorder
 from helpers import make_oracle, tensor_learner
 
-pytestmark = pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning")  # so short a run has no scores
+pytestmark = pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.run.ConvergenceWarning")  # so short a run has no scores
 
 
 def resident():
@@ -60,12 +60,12 @@ def test_no_map_of_an_earlier_step_is_alive(arch, oracle, memory, tmp_path):
         order, run_valid = FMCECallback.order + 1, False
         def __init__(self): self.maps, self.scores, self.alive = [], [], []
         def before_fit(self):
-            score = self.learn.fmce._score
+            score = self.learn.fmce.score_maps
             def noted(maps):
                 s = score(maps)
                 self.now = [weakref.ref(m) for m in maps.values()] + [weakref.ref(s.logits)]
                 return s
-            self.learn.fmce._score = noted
+            self.learn.fmce.score_maps = noted
         def after_loss(self):
             gc.collect()
             if self.maps: self.alive.append(sum(r() is not None for r in self.maps))

@@ -34,7 +34,7 @@ def test_pyproject_repeats_settings(settings):
 
 
 def test_requirements_are_lower_bounds(settings):
-    for field in ("requirements", "dev_requirements", "cam_requirements", "docs_requirements"):
+    for field in ("requirements", "dev_requirements", "study_requirements", "cam_requirements", "docs_requirements"):
         for requirement in settings[field].split():
             assert ">=" in requirement and "==" not in requirement, requirement
 
@@ -43,11 +43,11 @@ def test_library_code_prints_nothing():
     "Only the shell commands print."
     import ast
     found = {}
-    for path in (ROOT / "fmce_fastai").glob("*.py"):
+    for path in (ROOT / "fmce_fastai").rglob("*.py"):
         calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
-        found[path.stem] = [ast.unparse(n) for n in calls if ast.unparse(n.func) in ("print", "sys.stdout.write", "sys.stderr.write", "pprint", "display")]
+        found.setdefault(path.relative_to(ROOT / "fmce_fastai").parts[0], []).extend(ast.unparse(n) for n in calls if ast.unparse(n.func) in ("print", "sys.stdout.write", "sys.stderr.write", "pprint", "display"))
     assert found.pop("cli") and not {k: v for k, v in found.items() if v}
 
 
 def test_what_an_extra_needs_is_tested(settings):
-    assert set(settings["cam_requirements"].split()) <= set(settings["dev_requirements"].split())
+    for extra in ("study", "cam"): assert set(settings[f"{extra}_requirements"].split()) <= set(settings["dev_requirements"].split())

@@ -23,7 +23,7 @@ from helpers import Probe, RaiseAt, assert_same, make_learner, make_model, rng_s
 
 pytestmark = [
     # these fits are far too short to converge, and the recorder says so
-    pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.ConvergenceWarning"),
+    pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.run.ConvergenceWarning"),
     # fastai reads image files in a way that Pillow and NumPy deprecate
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
     # fastai's random crops and warps solve their equations, and scripted functions, in a deprecated way
@@ -219,7 +219,7 @@ def test_validation_and_lr_find_record_nothing(tmp_path):
     import fastai.callback.schedule
     learn = silent(tensor_learner(cbs=FMCSRecorder(16, 4), path=tmp_path))
     learn.validate(); learn.get_preds(); learn.lr_find(num_it=4, show_plot=False, suggest_funcs=())
-    assert not learn.fmcs_recorder.datasets and learn.fmcs_recorder._live is None
+    assert not learn.fmcs_recorder.datasets and learn.fmcs_recorder._recording is None
 
 
 HARM = {"no card": lambda p: (p/"card.json").unlink(), "cut card": lambda p: (p/"card.json").write_bytes((p/"card.json").read_bytes()[:200]), "empty card": lambda p: (p/"card.json").write_text(""),

@@ -1,4 +1,4 @@
-"`fmce_report`: any network, any images, nothing printed; what it cannot take is refused in words."
+"`fmce_report`: any network, any images, nothing printed; clear errors for what it does not accept."
 import numpy as np
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_nothing_is_printed(capsys):
 
 @pytest.fixture
 def command(capsys):
-    "`fmce_report` as a shell calls it: its exit code and what it said."
+    "`fmce_report` as a shell calls it: its exit code and its output."
     from fmce_fastai.cli.report import fmce_report as run
     def answer(*args, **kwargs):
         try: run(*args, **kwargs)
@@ -76,8 +76,8 @@ def test_the_command_reads_images_in_no_classes(tmp_path, command):
     assert command("test_resnet", str(tmp_path / "none"), no_labels=True) == (1, f"fmce_report: There are no images in {tmp_path / 'none'}.\n")
 
 
-@pytest.mark.parametrize("option, path, words", [("plot", "/dev/null/x.png", "/dev/null is no folder"), ("csv", ".", "it is a folder"), ("images", "x.pdf", "ends in .png"), ("plot", "x", "ends in .png")])
-def test_outputs_that_cannot_be_written_are_told_before_anything_is_scored(option, path, words, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("option, path, words", [("plot", "/dev/null/x.png", "/dev/null is not a folder"), ("csv", ".", "it is a folder"), ("images", "x.pdf", "ends in .png"), ("plot", "x", "ends in .png")])
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_scored(option, path, words, command, tmp_path, monkeypatch):
     import fmce_fastai.report.report
     monkeypatch.setattr(fmce_fastai.report.report, "fmce_report", lambda *a, **k: pytest.fail("scored"))
     monkeypatch.chdir(tmp_path)

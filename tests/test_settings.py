@@ -40,8 +40,8 @@ class Formula(Callback):
     def __init__(self): self.seen = []
     def after_loss(self):
         step = self.learn.fmce.epoch_steps[-1]
-        counts = step["loss"][self.learn.fmce.counted & step["loss"].isfinite()]
-        want = self.learn.loss if step["why"] else .5*self.learn.loss + .5*counts.mean()
+        counts = step.fmcs_loss[self.learn.fmce.counted & step.fmcs_loss.isfinite()]
+        want = self.learn.loss if step.plain else .5*self.learn.loss + .5*counts.mean()
         self.seen.append(float((self.learn.loss_grad - want).abs()/want.abs()))
 
 class Graph:

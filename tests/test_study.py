@@ -23,9 +23,11 @@ from fmce_fastai.util.files import write_json
 from fmce_fastai.util.processes import run_in_processes
 from fmce_fastai.study.arms import ARMS, has_alpha, parts, StudyError
 from fmce_fastai.study.settings import Study
-from fmce_fastai.study.controls import NormEval, RunLog, StepSeeds
-from fmce_fastai.study.jobs import choices, chosen, final_jobs, read_rows, tuning_jobs
-from fmce_fastai.study.statistics import compare
+from fmce_fastai.study.matched import NormEval, RunLog, StepSeeds
+from fmce_fastai.study.choices import choices, chosen, final_jobs, tuning_jobs
+from fmce_fastai.study.rows import read_rows
+from fmce_fastai.study.compare import compare
+from fmce_fastai.study.statistics import holm, seeds_needed
 from fmce_fastai.study.tables import table_text, verdict
 from fmce_fastai.study.run import merge_studies, run_study, write_report
 from fmce_fastai.study.presets import presets
@@ -180,7 +182,7 @@ def test_channels_last_is_the_same_training(tmp_path):
 @pytest.mark.parametrize("kwargs, words", [(dict(seeds=(0, 100)), "no evidence"), (dict(arms=("plain", "rla")), "Unknown arm 'rla'"), (dict(arms=("plain", "ral"), primary="ral"), "stage1_epochs"), (dict(primary="ral"), "must be one of the arms"),
                                            (dict(epochs=0), "at least 1"), (dict(lrs=()), "one or more"), (dict(lrs=(-1.,)), "positive"), (dict(alphas=(2.,)), "alpha is 2"), (dict(lrs=(1e-3, 1e-2), tune_seeds=()), "no tune_seeds"),
                                            (dict(arms=("plain", "mixup@0.5"), primary="mixup@0.5"), "mixup has no alpha"), (dict(arms=("plain", "scaled@x"), primary="scaled@x"), "no alpha"), (dict(arms=("plain", "scaled@1.5"), primary="scaled@1.5"), "must lie in"), (dict(head="big"), "'fastai' and 'linear'"),
-                                           (dict(arms=("plain", "scaled", "scaled"), primary="scaled"), "each arm once"), (dict(memory=0), "at least 1"), (dict(fmcs_loss="mse"), "known are")])
+                                           (dict(arms=("plain", "scaled", "scaled"), primary="scaled"), "each arm once"), (dict(memory=0), "at least 1"), (dict(fmcs_loss="mse"), "accepted are 'nll'")])
 def test_what_does_not_go_together_is_said(kwargs, words):
     with pytest.raises(ValueError, match=words): Study(**kwargs)
 
@@ -223,12 +225,20 @@ def test_one_seed_and_no_variance_are_not_evidence():
     same = compare(Study(("plain", "scaled"), primary="scaled"), planted({"scaled": [0., 0., 0.]}))
     assert same.note.iloc[1] == "identical"
 
-def test_a_reference_that_learnt_nothing_gives_no_verdict():
+def test_a_baseline_that_learnt_nothing_gives_no_verdict():
     study = Study(("plain", "scaled"), primary="scaled", seeds=range(3))
     rows = [dict(r, guess=.1, accuracy=.12 if r["arm"] == "plain" else .7 + r["seed"]/100) for r in planted({"scaled": [0., 0., 0.]})]
     text = table_text(study, compare(study, rows))
     assert "No verdict: plain training is hardly better than guessing (10.0 %), 12.0 %" in text and "helps here" not in text
     assert "helps here" in table_text(study, compare(study, [dict(r, guess=.05) for r in rows]))
+
+def test_without_statsmodels_a_study_says_what_to_install_before_its_first_run(tmp_path, monkeypatch):
+    for name in ("statsmodels", "statsmodels.stats", "statsmodels.stats.multitest", "statsmodels.stats.power"): monkeypatch.setitem(sys.modules, name, None)
+    study = Study(("plain", "scaled"), primary="scaled", **TINY)
+    for needs in (lambda: holm([.01, .02]), lambda: seeds_needed(1.), lambda: quiet(study, tmp_path/"new"), lambda: compare(study, planted({"scaled": [.5, 1.5, -.2]}))):
+        with pytest.raises(ImportError, match=r"needs statsmodels: pip install 'fmce_fastai\[study\]'"): needs()
+    assert not (tmp_path/"new").exists()
+    assert compare(study, planted({"scaled": [.5]})).difference[1] == pytest.approx(.5)  # a single seed needs neither
 
 def test_partial_tables(tmp_path):
     study = Study(("plain", "scaled"), primary="scaled", **TINY)
@@ -261,13 +271,13 @@ def test_killed_five_times_it_ends_with_the_same_table(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the list of processes as Linux gives it")
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
-    "They would go on beside a study that is started anew."
+    "Otherwise they would keep running beside a resumed study."
     Study(("plain", "scaled"), primary="scaled", **{**TINY, "epochs": 40}).save(tmp_path/"study")
     code = f"from fmce_fastai.study.run import run_study\nif __name__ == '__main__': run_study(None, {str(tmp_path/'study')!r}, jobs=2, bar=False)"
     (tmp_path/"go.py").write_text(code)
     p = subprocess.Popen([sys.executable, "-W", "ignore", tmp_path/"go.py"], start_new_session=True, stderr=subprocess.DEVNULL)
     def living():
-        "Processes of the session that are no zombies."
+        "Processes of the session, without zombies."
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
@@ -322,7 +332,7 @@ def test_a_damaged_result_is_named(tmp_path):
     with pytest.raises(StudyError, match=f"{f.name} cannot be read.*Delete it"): run_study(None, tmp_path, bar=False)
     f.unlink()
     assert len(quiet(None, tmp_path)) == 2
-    for text, words in (("[1]", "is no result of a run"), ('{"phase": "final"}', "arm is missing"), ("[" * 100_000, "cannot be read")):
+    for text, words in (("[1]", "is not the result of a run"), ('{"phase": "final"}', "arm is missing"), ("[" * 100_000, "cannot be read")):
         (tmp_path/"runs"/"x.json").write_text(text)
         with pytest.raises(StudyError, match=words): read_rows(tmp_path)
     (tmp_path/"runs"/"x.json").unlink()

@@ -223,7 +223,7 @@ def test_a_module_that_gives_no_map():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), Flat())
     with pytest.raises(TapError, match="not a .B, C, H, W. map"): tap_plan(model, ["1"], size=16)
     tap = FeatureTap(TapPlan("x", "given", [Tap("1", 4, (7, 7), 1.)])).arm(model)
-    with pytest.raises(TapError, match=r"gives \(1, 196\), but the tap .1. reads \(B, C, H, W\)"): model(torch.randn(1, 3, 16, 16))
+    with pytest.raises(TapError, match=r"returns \(1, 196\), but the tap .1. reads \(B, C, H, W\)"): model(torch.randn(1, 3, 16, 16))
     assert hook_count(model) == 0
     for bad, error in [("layr1", TapError), (["*9"], TapError), (3, TypeError), ([3], TypeError), ([nn.Linear(2, 2)], TapError)]:
         with pytest.raises(error): tap_plan(model, bad, size=16)

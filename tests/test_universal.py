@@ -14,7 +14,8 @@ from fastai.learner import load_learner
 from torch.testing import assert_close
 
 from fmce_fastai.train.targets import join_targets, mixed_targets
-from fmce_fastai.train.callback import FMCECallback, N_COUNTED
+from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.train.scoring import N_COUNTED
 from fmce_fastai.train.losses import fmcs_loss, representation_auxiliary_loss
 from fmce_fastai.oracle.files import tensors_sha256
 from fmce_fastai.oracle.base import FMCENet, OracleError
@@ -153,7 +154,7 @@ def test_what_cannot_be_scored_is_not_valid_and_has_finite_gradients(oracle, cas
     s.fmcs.sum().backward()
     assert x.grad.isfinite().all()
 
-def test_images_without_company_of_their_class_are_not_valid(oracle):
+def test_images_without_another_of_their_class_are_not_valid(oracle):
     x, y = clustered(32, 3)
     y[5] = 7
     s = oracle({"m": x}, y)
@@ -314,17 +315,18 @@ def test_no_test_file_is_opened(tmp_path):
 
 def test_the_digits_of_the_training_set_are_those_that_digits_dls_trains_on():
     from fmce_fastai.data.digits import digits_split
-    from fmce_fastai.pretrain.tasks import _digits
+    from fmce_fastai.pretrain.images import digits_images
     from sklearn.datasets import load_digits
     data = load_digits()
     train, valid, test = digits_split(data.target)
-    x, y = _digits()
+    x, y = digits_images()
     assert len(x) == len(train) and not set(train) & (set(valid) | set(test))
     assert np.array_equal((x[:, 0]*16).round().numpy(), data.images[train])
 
-def test_pretrain_goes_on_where_it_was_stopped(tmp_path):
-    from fmce_fastai.pretrain.features import read_runs
-    from fmce_fastai.pretrain.record import Run, record_run
+def test_pretrain_resumes_where_it_was_stopped(tmp_path):
+    from fmce_fastai.pretrain.labels import read_runs
+    from fmce_fastai.pretrain.record import record_run
+    from fmce_fastai.pretrain.runs import Run
     runs = [Run(f"r{i}", "test_efficientnet", s, "plain", i, epochs=2, bs=32, n_train=96, n_images=64, n_snapshots=3) for i, s in enumerate(("digits", "shapes"))]
     for r in runs: record_run(r, tmp_path)
     stamp = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
@@ -332,23 +334,23 @@ def test_pretrain_goes_on_where_it_was_stopped(tmp_path):
     assert stamp == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} and set(read_runs(tmp_path)) == {"r0", "r1"}
 
 def test_labels_are_absolute():
-    "A run that only half learns never gets near 1; one that reaches the best loss does; a spoilt stage is 0."
-    from fmce_fastai.pretrain.features import absolute_progress, run_labels
+    "A run that only half learns never gets near 1; one that reaches the best loss does; a frozen or re-initialised stage is 0."
+    from fmce_fastai.pretrain.labels import absolute_progress, run_labels
     rows = [dict(mode="eval", kind="fit", step=s) for s in (0, 50, 99)]
     task = dict(source="digits", task="plain", epochs=10, frozen=[])
     losses = lambda low: (np.log(10) - (np.log(10) - low)*np.linspace(0, 1, 100)).tolist()
     runs = {n: dict(run=task, n_classes=10, steps=100, clean=losses(low), rows=rows, taps=[{}, {}]) for n, low in (("good", .01), ("bad", 1.2))}
     p = absolute_progress(runs)
     assert p["good"][-1] > .95 and .4 < p["bad"][-1] < .5 and p["good"][0] == 0
-    spoilt = dict(runs["good"], run=dict(task, frozen=[1]), rows=rows + [dict(mode="eval", kind="reset", step=99, stage=0)])
-    labels = run_labels(spoilt, np.append(p["good"], 1.))
+    degraded = dict(runs["good"], run=dict(task, frozen=[1]), rows=rows + [dict(mode="eval", kind="reset", step=99, stage=0)])
+    labels = run_labels(degraded, np.append(p["good"], 1.))
     assert (labels[:3, 1] == 0).all() and labels[3, 0] == 0 and np.isnan(labels[3, 1])
 
 
-# Company from earlier steps ----------------------------------------------------------------------------------------
+# A memory of earlier steps ----------------------------------------------------------------------------------------
 def remembered(cb, steps, monkeypatch):
     "Maps, labels and scores of each step of a fit."
-    seen, score = [], cb._score
+    seen, score = [], cb.score_maps
     def note(maps):
         s = score(maps)
         seen.append(({n: m.detach().clone() for n, m in maps.items()}, cb.batch_targets.clone(), s))
@@ -358,20 +360,20 @@ def remembered(cb, steps, monkeypatch):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return seen[:steps]
 
-def test_memory_scores_a_batch_in_the_company_of_the_last_images(monkeypatch):
+def test_memory_scores_a_batch_together_with_the_last_images(monkeypatch):
     cb = FMCECallback(.9, memory=40)
     seen = remembered(cb, 4, monkeypatch)
     n, oracle = len(seen[0][1]), FMCENet.universal().on(tap_plan(make_model(), x=torch.zeros(2, 3, 16, 16)))
     for i in range(1, 4):
         steps = seen[i::-1]  # newest first
-        company = {k: torch.cat([maps[k] for maps, *_ in steps])[:n+40] for k in steps[0][0]}
-        want = oracle(company, torch.cat([y for _, y, _ in steps])[:n+40])
+        together = {k: torch.cat([maps[k] for maps, *_ in steps])[:n+40] for k in steps[0][0]}
+        want = oracle(together, torch.cat([y for _, y, _ in steps])[:n+40])
         alone = oracle(seen[i][0], seen[i][1])
         assert_close(seen[i][2].fmcs.detach(), torch.cat([alone.fmcs[:, :1], want.fmcs[:n, 1:]], 1), atol=1e-4, rtol=0)  # the first of three taps does not count
-        assert not torch.allclose(want.fmcs[:n, 1:], alone.fmcs[:, 1:], atol=1e-3)  # company matters
-    assert cb._company is None  # nothing is held after the fit
+        assert not torch.allclose(want.fmcs[:n, 1:], alone.fmcs[:, 1:], atol=1e-3)  # the other images matter
+    assert cb._bank.targets is None  # nothing is held after the fit
 
-def test_memory_is_off_by_default_and_gives_small_batches_company():
+def test_memory_is_off_by_default_and_lets_small_batches_be_scored():
     def acted(memory):
         cb = FMCECallback(.9, memory=memory)
         learn = make_learner(bs=4, cbs=cb)
@@ -405,7 +407,7 @@ def test_other_sizes_start_a_new_memory():
     maps = lambda side: {t.name: torch.randn(16, t.channels, side, side) for t in plan}
     for side, kept in ((4, 16), (4, 32), (2, 16)):
         assert cb.score_maps(maps(side)).fmcs.shape == (16, 3)
-        assert {m.shape for m in cb._company[0].values()} == {(kept, plan.channels[n], side, side) for n in plan.names[1:]}
+        assert {m.shape for m in cb._bank.maps.values()} == {(kept, plan.channels[n], side, side) for n in plan.names[1:]}
 
 @pytest.mark.parametrize("memory", [-1, 2.5, True, "all"])
 def test_a_memory_that_is_no_number_of_images_is_refused(memory):

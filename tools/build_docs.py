@@ -48,7 +48,7 @@ def without_warnings(text):
 
 
 def staged(proc, stage):
-    "A copy of `proc` in which `06_callback.ipynb` is `callback.ipynb`, as nbdev tells Quarto through `output-file`, which smalldocs does not read. Returns the new name of each page's source."
+    "A copy of `proc` in which `04d_train.callback.ipynb` is `train.callback.ipynb`, as nbdev tells Quarto through `output-file`, which smalldocs does not read. Returns the new name of each page's source."
     names = {}
     for path in sorted(p for p in proc.rglob("*") if p.is_file() and "_docs" not in p.parts):
         rel = path.relative_to(proc)
@@ -133,7 +133,7 @@ def wide(text):
 
 def named(page, text):
     "Names as readers know them: the function `fmce_report`, not the shell command of that name; no addresses in signatures."
-    if page.name != "cli.html": text = text.replace('cli.html#fmce_report"', 'interpret.html#fmce_report"')
+    if page.name != "cli.report.html": text = text.replace('cli.report.html#fmce_report"', 'report.report.html#fmce_report"')
     tags = r"(?:<[^>]*>|\s|&lt;|&gt;)*"  # the words of a signature stand in tags that colour them
     text = re.sub(rf"function{tags}store_true{tags}at{tags}0x[0-9a-f]+", "bool", text)
     return re.sub(r'__main__(\.|<span class="op">\.</span>)', "", text)
@@ -171,7 +171,7 @@ def as_markdown(nb):
 
 
 def copies(stage, site):
-    "`callback.html.md` beside `callback.html`: the page as Markdown, for programs and for reading without a browser. Docstrings point there."
+    "`train.callback.html.md` beside `train.callback.html`: the page as Markdown, for programs and for reading without a browser. Docstrings point there."
     for path in sorted(stage.rglob("*.ipynb")):
         target = site / path.relative_to(stage).with_suffix(".html.md")
         target.write_text(as_markdown(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")

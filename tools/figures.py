@@ -60,11 +60,9 @@ def architectures():
 
 def difference(values):
     "Mean and 95 % interval of paired differences, in points."
-    import numpy as np
-    from scipy import stats
-    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-    low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), above 0 in {sum(v > 0 for v in values)} of {len(values)}"
+    from fmce_fastai.study.statistics import paired_difference
+    d = paired_difference(values)
+    return f"{d['difference']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f}), above 0 in {d['above']} of {d['seeds']}"
 
 
 SETTINGS = {"scratch": "resnet18 from a random start, 10,000 images, 32 px, 3 epochs", "pretrained": "EfficientNet-Lite0 with ImageNet weights, 2,000 images, 64 px, 2 epochs"}
@@ -108,7 +106,7 @@ def untrained():
 
 def untrained_modules():
     "Stages that fmce_report says look untrained."
-    from fmce_fastai.report.report import HIGH, LEAST_LEARNT
+    from fmce_fastai.report.control import HIGH, LEAST_LEARNT
     found, names = {}, {"fashion_mnist": "EfficientNet-Lite0, ImageNet weights, on FashionMNIST", "digits_foreign": "the same, on handwritten digits", "digits_foreign_32": "the same, at 32 px", "digits": "small networks, 5 epochs on digits"}
     for r in rows_of("untrained_modules"):
         if r["number"] != "0" and r["learnt"] != "nan": found.setdefault((r["setting"], r["trained"]), []).append(float(r["learnt"]) < LEAST_LEARNT and float(r["fmcs"]) < HIGH)
@@ -178,7 +176,7 @@ def attention():
 def finer():
     "Grad-CAM across alpha: differences to plain training, paired over seeds."
     import pandas as pd
-    from fmce_fastai.study.cams import cam_statistics
+    from fmce_fastai.study.cam_statistics import cam_statistics
     measures, head = ("entropy", "top_share", "drop", "relative", "accuracy"), ("entropy", "top share", "drop", "drop / probability", "test accuracy, points")
     frame = pd.DataFrame(rows_of("cam")).astype({c: float for c in ("probability", "accuracy", *measures[:3])})
     t = cam_statistics(frame.assign(relative=frame["drop"] / frame.probability, accuracy=100 * frame.accuracy), measures=measures).set_index(["name", "measure"])
@@ -203,35 +201,54 @@ MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a
 COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "MixUp": ("mixup",)}
 
 
-def where_it_helps():
-    "All studies in one table: differences to plain training on the test split."
+IN_SHORT = ["few-images/5-a-class", "few-images/20-a-class", "few-images/500-a-class", "scratch/resnet10t"]
+
+
+def contrast(rows, arms):
+    "The row of a study's table that stands for `arms`: the primary one, else the lowest alpha from 0.85 on, a rule that does not look at the results."
+    own = [r for r in rows if r["arm"].split("@")[0] in arms and r["difference"]]
+    primary = [r for r in own if r["role"] == "primary"]
+    return primary[0] if primary else max(own, key=lambda r: (abs(float(r["alpha"]) - 0.95) < 0.1, -float(r["alpha"])), default=None)
+
+
+def contrast_text(row):
+    "Difference to plain training, its interval, alpha and role."
+    if row is None: return ""
+    alpha = f", alpha {float(row['alpha']):g}" if float(row["alpha"]) else ""
+    primary = " (primary)" if row["role"] == "primary" else ""
+    return f"{float(row['difference']):+.1f} ({float(row['low']):+.1f} to {float(row['high']):+.1f}){alpha}{primary}"
+
+
+def where_it_helps(names=tuple(MAP), columns=tuple(COLUMNS)):
+    "Studies in one table: differences to plain training on the test split."
     rows = []
-    for name, words in MAP.items():
+    for name in names:
         path = BENCHMARKS / "studies" / name / "table.csv"
         if not path.exists(): continue
         found = list(DictReader(path.read_text(encoding="utf-8").splitlines()))
-        row = [words, f"{float(found[0]['accuracy']):.1f}"]
-        for arms in COLUMNS.values():
-            own = [r for r in found if r["arm"].split("@")[0] in arms and r["difference"]]
-            role = [r for r in own if r["role"] == "primary"]
-            r = role[0] if role else max(own, key=lambda r: (abs(float(r["alpha"]) - 0.95) < 0.1, -float(r["alpha"])), default=None)  # the lowest alpha from 0.85 on, chosen without a look at the results
-            row.append("" if r is None else f"{float(r['difference']):+.1f} ({float(r['low']):+.1f} to {float(r['high']):+.1f})" + (f", alpha {float(r['alpha']):g}" if float(r["alpha"]) else "") + (" (primary)" if role else ""))
-        rows.append(row)
-    return table(["network and data", "plain, %", *COLUMNS], rows)
+        rows.append([MAP[name], f"{float(found[0]['accuracy']):.1f}", *(contrast_text(contrast(found, COLUMNS[c])) for c in columns)])
+    return table(["network and data", "plain, %", *columns], rows)
+
+
+def in_short():
+    "The README's table."
+    return where_it_helps(IN_SHORT, ("RAL", "RAL with memory", "plain alignment", "MixUp"))
 
 
 STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS / "studies").glob("*/*/table.csv"))]
 
+NB = {"pretrain": "08f_pretrain.judge", "report": "05b_report.report", "cam": "07m_study.cams", "fit": "03i_oracle.fit", "taps": "02i_maps.find", "callback": "04d_train.callback"}
+
 # Tables on the pages of notebooks: name -> (function, notebook)
-PAGES = {"groups": (groups, "09_pretrain"), "ablations": (ablations, "09_pretrain"), "in_a_loss": (in_a_loss, "09_pretrain"), "untrained_modules": (untrained_modules, "07_interpret"), "untrained": (untrained, "07_interpret"),
-         "attention": (attention, "07b_cam"), "finer": (finer, "07b_cam"),
+PAGES = {"groups": (groups, NB["pretrain"]), "ablations": (ablations, NB["pretrain"]), "in_a_loss": (in_a_loss, NB["pretrain"]), "untrained_modules": (untrained_modules, NB["report"]), "untrained": (untrained, NB["report"]),
+         "attention": (attention, NB["cam"]), "finer": (finer, NB["cam"]),
          "families": (families, "tutorials/choosing_modules"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
-PAGES |= {"gains": (gains, "results"), "universal": (universal, "09_pretrain"), "oracles": (oracles, "04_fit_oracle"), "architectures": (architectures, "01_taps"), "overhead": (overhead, "06_callback"), "where_it_helps": (where_it_helps, "results")}
+PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results")}
 
-# And in the README
-TABLES = {"overhead": overhead, "where_it_helps": where_it_helps}
+# In the README
+TABLES = {"in_short": in_short}
 
 if __name__ == "__main__":
     for name, make in {**TABLES, **{n: m for n, (m, _) in PAGES.items()}}.items(): print(f"{name}\n\n{make()}\n")

@@ -1,4 +1,4 @@
-"""`fmce_pretrain`
+"""`fmce_pretrain`: make the universal oracle
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/cli.pretrain.html.md"""
 
@@ -8,28 +8,33 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.pretrain.html.md"""
 __all__ = ['fmce_pretrain']
 
 # %% ../../nbs/10f_cli.pretrain.ipynb #0dd440c7
-from fastcore.script import call_parse
-
-from .common import CommandError, run_command
+from .common import command, CommandError, run_command
 
 # %% ../../nbs/10f_cli.pretrain.ipynb #16867df0
-@call_parse
+def _network_names(text):
+    "The names in `--archs`; all networks where it is not given."
+    from fmce_fastai.pretrain.networks import ARCHS
+    if text is None: return tuple(ARCHS)
+    names = tuple(a.strip() for a in text.split(','))
+    if unknown := [a for a in names if a not in ARCHS]:
+        raise CommandError(f"--archs names {', '.join(unknown)}; known are {', '.join(ARCHS)}.")
+    return names
+
+@command
 def fmce_pretrain(
-    out:str, # Folder for the runs and the oracle; what is finished there is not done again
+    out:str, # Folder for the runs and the oracle; what is finished there is kept
     root:str='/usr/share/datasets/fashion-mnist', # Folder of FashionMNIST's training files
-    jobs:int=None, # Processes; default one per core
+    jobs:int=None, # Number of processes (default: one per core)
     seed:int=0, # Decides the runs and the oracle
-    leave_out:str='', # A source of images that the oracle is not to see: fashion, digits, textures or shapes
-    archs:str=None, # Only these of the networks, separated by commas
+    leave_out:str='', # A source that the oracle is not to see: fashion, digits, textures or shapes
+    archs:str=None, # Only these networks, separated by commas (default: all 21)
 ):
     "Make the universal oracle: train and read many small networks, then train the oracle on them"
     def run():
         from fmce_fastai.pretrain.tasks import SOURCES
-        from fmce_fastai.pretrain.networks import ARCHS
         from fmce_fastai.pretrain.make import pretrain
-        if leave_out and leave_out not in SOURCES: raise CommandError(f"--leave-out is {leave_out!r}; sources are {', '.join(SOURCES)}.")
-        names = tuple(ARCHS) if archs is None else tuple(a.strip() for a in archs.split(','))
-        if unknown := [a for a in names if a not in ARCHS]: raise CommandError(f"--archs names {', '.join(unknown)}; known are {', '.join(ARCHS)}.")
-        oracle = pretrain(out, names, root, seed, jobs, leave_out)
+        if leave_out and leave_out not in SOURCES:
+            raise CommandError(f"--leave-out is {leave_out!r}; sources are {', '.join(SOURCES)}.")
+        oracle = pretrain(out, _network_names(archs), root, seed, jobs, leave_out)
         print(f"{oracle}, trained on {oracle.card['data']['runs']} runs, in {out}")
     run_command('fmce_pretrain', run, ['root', 'jobs', 'leave_out', 'archs'])

@@ -16,69 +16,91 @@ import pandas as pd
 from ..util.checks import check_integer, finite_series, unit_series
 
 # %% ../../nbs/01d_convergence.labels.ipynb #aaa7564d
+def _check_step(converged, n):
+    "`converged` as an `int`, if it is a step of a run of `n` steps."
+    step = check_integer(converged, 'converged', 0)
+    if step >= n: raise ValueError(f'`converged` must be a step of the run, 0 to {n-1}, got {step}')
+    return step
+
 def progress(
-    smoothed:Sequence, # smoothed losses of the run (`smooth_losses`)
-    converged:int|None, # the converged step (`converged_step`), None if there is none
+    smoothed:Sequence, # Smoothed losses of the run (`smooth_losses`)
+    converged:int|None, # The converged step (`converged_step`), None if there is none
     n_levels:int=11, # K, only used without a converged step
 ) -> np.ndarray: # p of every step
     """Share of the loss drop reached at each step, clipped to [0, 1].
 
-    `smoothed` (n,) -> (n,), no unit. Without a converged step: relative to the lowest smoothed loss, times (K-2)/(K-1), so that no step
-    reaches 1. Raises `ValueError` where there is no drop to take a share of, and on NaN, inf, 2-D input or a step outside the run."""
-    s, k = finite_series(smoothed, 'smoothed'), check_integer(n_levels, 'n_levels', 2)
+    `smoothed` (n,) -> (n,), no unit. Without a converged step: relative to the lowest smoothed loss,
+    times (K-2)/(K-1), so that no step reaches 1. Raises `ValueError` for a loss that does not fall, NaN,
+    inf, 2-D input or a step outside the run."""
+    s = finite_series(smoothed, 'smoothed')
+    k = check_integer(n_levels, 'n_levels', 2)
     if not len(s): raise ValueError('`smoothed` is empty: progress needs at least two steps')
-    if converged is None: end, scale = s.min(), (k - 2)/(k - 1)
-    else:
-        i = check_integer(converged, 'converged', 0)
-        if i >= len(s): raise ValueError(f'`converged` must be a step of the run, 0 to {len(s)-1}, got {i}')
-        end, scale = s[i], 1.
-    if not s[0] > end: raise ValueError(f'the smoothed loss does not fall, from {s[0]:.4g} at step 0 to {end:.4g}: there is no drop to take a share of')
-    return scale*np.clip((s[0] - s)/(s[0] - end), 0, 1)
+    end = s.min() if converged is None else s[_check_step(converged, len(s))]
+    if not s[0] > end:
+        raise ValueError(f'the smoothed loss does not fall, from {s[0]:.4g} at step 0 to {end:.4g}: '
+                         'there is no drop to take a share of')
+    top = (k - 2)/(k - 1) if converged is None else 1.
+    return top*np.clip((s[0] - s)/(s[0] - end), 0, 1)
 
 # %% ../../nbs/01d_convergence.labels.ipynb #d5ca5bc2
 def levels(
     n_levels:int=11, # K, at least 2
 ) -> np.ndarray: # FMCS of each level
-    "The K scores 0, 1/(K-1), ..., 1, as (K,). Raises `ValueError` below 2, `TypeError` if not a whole number."
+    "The K scores 0, 1/(K-1), ..., 1, as (K,). Raises `ValueError` or `TypeError` if K is not accepted."
     return np.linspace(0, 1, check_integer(n_levels, 'n_levels', 2))
 
 # %% ../../nbs/01d_convergence.labels.ipynb #f2a942d8
-def check_spacing(x):
-    if x not in ('loss', 'step'): raise ValueError(f"`spacing` must be 'loss' (equal shares of the drop) or 'step' (equal time), got {x!r}")
-    return x
+def check_spacing(
+    x, # Value of the argument `spacing`
+): # `x`
+    "`x`, if it is 'loss' or 'step'. Raises `ValueError` otherwise."
+    if x in ('loss', 'step'): return x
+    raise ValueError("`spacing` must be 'loss' (equal shares of the drop) or 'step' (equal time), "
+                     f"got {x!r}")
+
+def _equal_loss(p, fmcs):
+    "First step with `p` >= each of `fmcs`, and whether there is one."
+    best = np.maximum.accumulate(p)
+    step = np.searchsorted(best, fmcs - 1e-12)  # 3/10 must reach 0.3 however it was rounded
+    return step, step < len(p)
+
+def _equal_time(p, fmcs, converged):
+    "Steps evenly spaced up to the converged one, or up to the highest `p`; and which levels are reached."
+    if converged is not None:
+        return np.rint(fmcs*_check_step(converged, len(p))).astype(int), np.ones(len(fmcs), bool)
+    level = np.arange(len(fmcs))
+    last = len(fmcs) - 2  # the top level means converged
+    return np.rint(level/max(last, 1)*p.argmax()).astype(int), level <= last
 
 def markers(
     progress:Sequence, # p of every step (`progress`)
     n_levels:int=11, # K
     spacing:str='loss', # 'loss': equal shares of the drop; 'step': equal time
-    converged:int|None=None, # the converged step, where `spacing='step'` puts the top level
-) -> pd.DataFrame: # columns level, step, fmcs: one row per level reached
+    converged:int|None=None, # The converged step, where `spacing='step'` puts the top level
+) -> pd.DataFrame: # Columns level, step, fmcs: one row per level reached
     """The step at which the run reaches each level.
 
-    `progress` (n,) -> at most K rows. 'loss': the first step with p >= k/(K-1). 'step': round(k/(K-1) * `converged`); without a converged
-    step the last but one level lies at the highest p. Levels that were not reached have no row. Raises `ValueError`/`TypeError` on p
-    outside [0, 1] and on numbers or a spacing that are not accepted."""
-    p, fmcs = unit_series(progress, 'progress'), levels(n_levels)
-    if not len(p): raise ValueError('`progress` is empty: there is no step to put a marker on')
-    if check_spacing(spacing) == 'loss':
-        best = np.maximum.accumulate(p)
-        step = np.searchsorted(best, fmcs - 1e-12)  # 3/10 must reach 0.3 however it was rounded
-        keep = step < len(p)
-    elif converged is None:
-        keep = np.arange(n_levels) < max(n_levels - 1, 1)
-        step = np.rint(np.arange(n_levels)/max(n_levels - 2, 1)*p.argmax()).astype(int)
-    else:
-        if check_integer(converged, 'converged', 0) >= len(p): raise ValueError(f'`converged` must be a step of the run, 0 to {len(p)-1}, got {converged}')
-        step, keep = np.rint(fmcs*converged).astype(int), np.ones(n_levels, bool)
-    return pd.DataFrame(dict(level=np.arange(n_levels), step=step, fmcs=fmcs))[keep].reset_index(drop=True)
+    `progress` (n,) -> at most K rows. 'loss': the first step with p >= k/(K-1). 'step': round(k/(K-1) *
+    `converged`); without a converged step the second highest level lies at the highest p. Levels that
+    were not reached have no row. Raises `ValueError`/`TypeError` on p outside [0, 1] and on numbers or a
+    spacing that are not accepted."""
+    p = unit_series(progress, 'progress')
+    fmcs = levels(n_levels)
+    if not len(p): raise ValueError('`progress` is empty: there is no step to mark')
+    by_loss = check_spacing(spacing) == 'loss'
+    step,reached = _equal_loss(p, fmcs) if by_loss else _equal_time(p, fmcs, converged)
+    table = pd.DataFrame(dict(level=np.arange(n_levels), step=step, fmcs=fmcs))
+    return table[reached].reset_index(drop=True)
 
 # %% ../../nbs/01d_convergence.labels.ipynb #ae588bcf
 def level_targets(
     p:Sequence, # FMCS labels in [0, 1]
     n_levels:int=11, # K
-) -> np.ndarray: # weight of each level
+) -> np.ndarray: # Weight of each level
     """Each label as weights of its two neighbouring levels.
 
-    `p` (n,) -> (n, K); rows sum to one and `level_targets(p) @ levels()` is `p`. Raises `ValueError` on NaN or labels outside [0, 1]."""
-    p, k = unit_series(p, 'p'), check_integer(n_levels, 'n_levels', 2)
+    `p` (n,) -> (n, K); rows sum to one and `level_targets(p) @ levels()` is `p`. Raises `ValueError` on
+    NaN or labels outside [0, 1]."""
+    p = unit_series(p, 'p')
+    k = check_integer(n_levels, 'n_levels', 2)
     return np.clip(1 - np.abs(p[:,None]*(k - 1) - np.arange(k)), 0, 1)

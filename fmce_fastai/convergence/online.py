@@ -1,4 +1,4 @@
-"""CQI while training, one loss at a time
+"""CQI during training, one loss at a time
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/convergence.online.html.md"""
 
@@ -16,64 +16,83 @@ from .cqi import window_steps
 
 # %% ../../nbs/01c_convergence.online.ipynb #404f0c5a
 class OnlineCQI:
-    """CQI while training: `update(loss)` at every step, then ask `converged`.
+    """CQI during training: call `update(loss)` at every step, then read `converged`.
 
-    Attributes: `step` (losses seen), `smoothed` (s_t), `cqi` (per epoch, NaN until defined), `drop` (so far, in loss units), `noise` (of a
-    single loss, in loss units), `window_steps`. A NaN or inf loss is final: `cqi` stays NaN, `converged` stays False. Raises
-    `ValueError`/`TypeError` on arguments out of range. `smoothed` follows pandas' own recursion and equals `smooth_losses`."""
+    Attributes: `step` (number of losses so far), `smoothed` (s_t), `cqi` (per epoch, NaN until defined),
+    `drop` (so far, in loss units), `noise` (of a single loss, in loss units), `window_steps`. After a
+    NaN or inf loss `cqi` stays NaN and `converged` stays False. Raises `ValueError`/`TypeError` on
+    arguments out of range. `smoothed` follows pandas' own recursion and equals `smooth_losses`."""
     def __init__(self,
-        steps_per_epoch:float, # training steps in one epoch, >= 1
-        threshold:float=0.05, # CQI has to stay below it
-        halflife:float=0.25, # of the smoothing, in epochs
-        window:float=1.0, # window of the CQI in epochs
-        min_window:int=8, # never fewer steps than this
+        steps_per_epoch:float, # Training steps in one epoch, >= 1
+        threshold:float=0.05, # Converged once CQI stays below it
+        halflife:float=0.25, # Half-life of the smoothing, in epochs
+        window:float=1.0, # Window of the CQI, in epochs
+        min_window:int=8, # Minimum window in steps
     ):
         self.window_steps = window_steps(steps_per_epoch, window, min_window)
-        self.steps_per_epoch, self.threshold = steps_per_epoch, check_number(threshold, 'threshold', 0)
+        self.steps_per_epoch = steps_per_epoch
+        self.threshold = check_number(threshold, 'threshold', 0)
+        self.step = 0
+        self.smoothed = math.nan
+        self.cqi = math.nan
         self._decay = 0.5**(1/(check_number(halflife, 'halflife', 0)*steps_per_epoch))
-        self._past = deque(maxlen=self.window_steps + 1)
-        self.step, self.smoothed, self.cqi = 0, math.nan, math.nan
-        self._weight, self._first, self._low, self._last = 0., math.nan, math.inf, math.nan
-        self._squares, self._below, self._broken = 0., 0, False
+        self._weight = 0.  # sum of the weights in the average
+        self._past = deque(maxlen=self.window_steps + 1)  # smoothed losses of the last window
+        self._first = math.nan  # smoothed loss of the first step
+        self._low = math.inf  # lowest smoothed loss
+        self._last = math.nan  # loss of the step before
+        self._squares = 0.  # sum of squared differences of neighbouring losses
+        self._below = 0  # consecutive steps with CQI below the threshold
+        self._invalid = False  # True from the first NaN or inf loss on
 
     def update(self,
-        loss:float, # loss of this step: a number, or a tensor of one element
+        loss:float, # Loss of this step: a number, or a tensor of one element
     ) -> float: # CQI at this step, NaN until defined
-        "Take in the loss of one step and return the CQI there (per epoch)."
+        "Add the loss of one step and return the CQI there (per epoch)."
         loss = float(loss)
-        self._broken = self._broken or not math.isfinite(loss)
+        self._invalid = self._invalid or not math.isfinite(loss)
         self.step += 1
-        if self._broken: self.smoothed = self.cqi = math.nan
-        else: self._follow(loss)
+        if self._invalid: self.smoothed = self.cqi = math.nan
+        else:
+            self._smooth(loss)
+            self._measure()
         self._below = self._below + 1 if self.cqi < self.threshold else 0
         return self.cqi
 
-    def _follow(self, loss):
+    def _smooth(self, loss):
+        "Update the smoothed loss and the sums that depend on single losses."
         if self.step == 1: self._first = self.smoothed = loss
         else:
             self._squares += (loss - self._last)**2
             old = self._weight*self._decay
             self.smoothed = (old*self.smoothed + loss)/(old + 1)
-        self._weight, self._last = self._weight*self._decay + 1, loss
+        self._weight = self._weight*self._decay + 1
+        self._last = loss
         self._low = min(self._low, self.smoothed)
+
+    def _measure(self):
+        "Update CQI, which is defined after the first window and once the loss has fallen."
         self._past.append(self.smoothed)
         if len(self._past) > self.window_steps and self.drop > 0:
-            self.cqi = abs(self.smoothed - self._past[0])*(self.steps_per_epoch/self.window_steps)/self.drop
+            change = abs(self.smoothed - self._past[0])
+            self.cqi = change*(self.steps_per_epoch/self.window_steps)/self.drop
 
     @property
     def drop(self) -> float:
-        "What the smoothed loss has gained so far, >= 0"
+        "Drop of the smoothed loss so far, >= 0."
         return 0. if self.step == 0 or math.isnan(self._first) else self._first - self._low
 
     @property
     def noise(self) -> float:
-        "Standard deviation of a single loss around its trend, NaN before the second loss"
-        return math.sqrt(self._squares/(2*(self.step - 1))) if self.step > 1 and not self._broken else math.nan
+        "Standard deviation of a single loss around its trend; NaN before the second loss."
+        if self.step < 2 or self._invalid: return math.nan
+        return math.sqrt(self._squares/(2*(self.step - 1)))
 
     @property
     def converged(self) -> bool:
-        "Has CQI stayed below `threshold` for `window_steps` steps after the first such step, in a drop that is more than noise?"
+        "True if CQI has stayed below `threshold` for a window after the first such step, in a real drop."
         return self._below > self.window_steps and self.drop > 3*self.noise
 
     def __repr__(self):
-        return f'OnlineCQI(step={self.step}, smoothed={self.smoothed:.4g}, cqi={self.cqi:.4g}, threshold={self.threshold}, converged={self.converged})'
+        return (f'OnlineCQI(step={self.step}, smoothed={self.smoothed:.4g}, cqi={self.cqi:.4g}, '
+                f'threshold={self.threshold}, converged={self.converged})')

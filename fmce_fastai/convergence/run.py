@@ -1,4 +1,4 @@
-"""How one training run converged: everything at once
+"""How one training run converged: from its losses to labels in one call
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/convergence.run.html.md"""
 
@@ -18,197 +18,203 @@ import numpy as np
 import pandas as pd
 
 from ..util.checks import as_series, check_integer, check_number, finite_series
-from .cqi import converged_step, cqi, cqi_noise, smooth_losses, window_steps
-from .noise import real_drop
+from .cqi import converged_step, cqi, smooth_losses, window_steps
+from .noise import cqi_noise, real_drop
 from .labels import check_spacing, markers, progress
+from .messages import insufficient_drop, later_rise, outcome, unusable_losses
 
 # %% ../../nbs/01e_convergence.run.ipynb #0d1b73e8
 class ConvergenceWarning(UserWarning):
-    "A run has no converged step, or its losses cannot be scored at all"
+    "A run has no converged step, or its losses cannot be scored at all."
 
 class ConvergenceError(ValueError):
-    "Scores were asked of a run that has none"
+    "A run has no FMCS labels, but they were requested."
 
 # %% ../../nbs/01e_convergence.run.ipynb #60b19f0c
 @dataclass(eq=False, repr=False)
 class Convergence:
-    """How one run converged: what `convergence` returns.
+    """How one run converged: the result of `convergence`.
 
-    Arrays have one entry per step (n,); `epochs` is their x axis. `progress` is NaN in an unusable run."""
+    Arrays have one entry per step (n,); `epochs` is their x axis. `progress` is NaN in an unusable
+    run."""
     losses: np.ndarray # (n,) as given, in float64
     smoothed: np.ndarray # (n,) s_t, in loss units; NaN from the first NaN or inf loss
     lr: np.ndarray|None # (n,) learning rate, if given
     cqi: np.ndarray # (n,) share of the drop gained per epoch; NaN where undefined
     progress: np.ndarray # (n,) p_t in [0, 1]
-    converged: int|None # the converged step
-    markers: pd.DataFrame # level, step, fmcs
+    converged: int|None # The converged step
+    markers: pd.DataFrame # Columns level, step, fmcs
     threshold: float # CQI had to stay below it
     n_levels: int # K
-    steps_per_epoch: float # steps in one epoch
+    steps_per_epoch: float # Training steps in one epoch
     status: str # 'converged', 'not converged' or 'unusable'
-    message: str # the reason in words, and what to do
-    start_noise: float=math.nan # noise of a single loss / drop: the error an early label may have
+    message: str # The reason in words, and what to do
+    start_noise: float=math.nan # Noise of a single loss / drop: the error an early label may have
 
     @property
     def usable(self) -> bool:
-        "Does the run have FMCS labels?"
+        "True if the run has FMCS labels."
         return self.status != 'unusable'
 
     @property
     def epochs(self) -> np.ndarray:
-        "(n,) epoch of each step, from 0"
+        "(n,) epoch of each step, from 0."
         return np.arange(len(self.losses))/self.steps_per_epoch
 
     def frame(self) -> pd.DataFrame:
-        "One row per step: step, epoch, loss, smoothed, lr (NaN if not given), cqi, progress"
-        lr = np.full(len(self.losses), np.nan) if self.lr is None else self.lr
-        return pd.DataFrame(dict(step=np.arange(len(self.losses)), epoch=self.epochs, loss=self.losses, smoothed=self.smoothed,
-                                 lr=lr, cqi=self.cqi, progress=self.progress))
+        "One row per step: step, epoch, loss, smoothed, lr (NaN if not given), cqi, progress."
+        n = len(self.losses)
+        lr = np.full(n, np.nan) if self.lr is None else self.lr
+        return pd.DataFrame(dict(step=np.arange(n), epoch=self.epochs, loss=self.losses,
+                                 smoothed=self.smoothed, lr=lr, cqi=self.cqi, progress=self.progress))
 
     def label(self,
-        steps:Sequence|int, # numbers of weight updates done, 0 to n
+        steps:Sequence|int, # Numbers of weight updates, 0 to n
     ) -> np.ndarray: # FMCS label of each
         """FMCS label of "the network after t updates".
 
-        `steps` (m,) or one number -> (m,) or (). `losses[t]` was computed by the network after t updates, so its label is `progress[t]`; the
-        network after all n updates has no loss of its own and takes the last label. Raises `ConvergenceError` in an unusable run,
-        `ValueError` outside 0 to n, `TypeError` if not whole numbers."""
+        `steps` (m,) or one number -> (m,) or (). `losses[t]` was computed by the network after t updates,
+        so its label is `progress[t]`; the network after all n updates has no loss of its own and gets the
+        last label. Raises `ConvergenceError` in an unusable run, `ValueError` outside 0 to n, `TypeError` if
+        not whole numbers."""
         if not self.usable: raise ConvergenceError(f'this run has no FMCS labels: {self.message}')
-        t, n = np.asarray(steps), len(self.losses)
-        if t.size and not np.issubdtype(t.dtype, np.integer): raise TypeError(f'`steps` must be whole numbers, got {t.dtype}')
-        if t.size and not 0 <= t.min() <= t.max() <= n: raise ValueError(f'`steps` must lie in 0 to {n} updates, got {t.min()} to {t.max()}')
+        t = np.asarray(steps)
+        n = len(self.losses)
+        if t.size and not np.issubdtype(t.dtype, np.integer):
+            raise TypeError(f'`steps` must be whole numbers, got {t.dtype}')
+        if t.size and not 0 <= t.min() <= t.max() <= n:
+            raise ValueError(f'`steps` must lie in 0 to {n} updates, got {t.min()} to {t.max()}')
         return self.progress[np.minimum(t, n - 1).astype(int)]
 
     def to_dict(self) -> dict:
-        "Summary of plain numbers and strings for JSON; what is undefined is None"
-        last = lambda a: next((float(v) for v in a[::-1] if math.isfinite(v)), None)
-        low = self.smoothed[np.isfinite(self.smoothed)]
-        at_lr = lambda i: None if self.lr is None or i is None else float(self.lr[i])
-        return dict(status=self.status, message=self.message, usable=self.usable, steps=len(self.losses), steps_per_epoch=float(self.steps_per_epoch),
-            converged=self.converged, converged_epoch=None if self.converged is None else self.converged/float(self.steps_per_epoch),
-            threshold=float(self.threshold), n_levels=self.n_levels, first_loss=float(low[0]) if len(low) else None,
-            lowest_loss=float(low.min()) if len(low) else None, last_cqi=last(self.cqi), lr_at_converged=at_lr(self.converged),
+        "Summary of plain numbers and strings for JSON; undefined values are None."
+        at = self.converged
+        valid = self.smoothed[np.isfinite(self.smoothed)]
+        return dict(
+            status=self.status,
+            message=self.message,
+            usable=self.usable,
+            steps=len(self.losses),
+            steps_per_epoch=float(self.steps_per_epoch),
+            converged=at,
+            converged_epoch=None if at is None else at/float(self.steps_per_epoch),
+            threshold=float(self.threshold),
+            n_levels=self.n_levels,
+            first_loss=float(valid[0]) if len(valid) else None,
+            lowest_loss=float(valid.min()) if len(valid) else None,
+            last_cqi=_last_finite(self.cqi),
+            lr_at_converged=None if self.lr is None or at is None else float(self.lr[at]),
             start_noise=float(self.start_noise) if math.isfinite(self.start_noise) else None,
-            markers=[dict(level=int(r.level), step=int(r.step), fmcs=float(r.fmcs)) for r in self.markers.itertuples()])
-
-    def __repr__(self):
-        n, at = len(self.losses), '' if self.converged is None else f' at step {self.converged} (epoch {self.converged/self.steps_per_epoch:.2f})'
-        return f'Convergence: {self.status}{at}; {n} steps, {n/self.steps_per_epoch:.4g} epochs. {self.message}'
-
-    def _repr_html_(self):
-        d, show = self.to_dict(), lambda v: '–' if v is None else f'{v:.4g}' if isinstance(v, float) else html.escape(str(v))
-        names = dict(status='status', steps='steps', converged_epoch='converged epoch', first_loss='first loss', lowest_loss='lowest smoothed loss',
-                     last_cqi='CQI at the end (1/epoch)', threshold='threshold', lr_at_converged='learning rate there')
-        rows = ''.join(f'<tr><th>{v}</th><td>{show(d[k])}</td></tr>' for k,v in names.items())
-        return f'<table>{rows}</table><p>{html.escape(self.message)}</p>'
+            markers=[dict(level=int(m.level), step=int(m.step), fmcs=float(m.fmcs))
+                     for m in self.markers.itertuples()])
 
     def plot(self,
-        axs:Sequence|None=None, # 2 matplotlib axes, 3 if there is a learning rate; None makes a figure
-    ) -> np.ndarray: # the axes
-        """Loss with its levels, CQI with its threshold and, where known, the learning rate, over epochs.
+        axs:Sequence|None=None, # Two matplotlib axes, three with a learning rate; None creates a figure
+    ) -> np.ndarray: # The axes
+        """Plot the loss with its levels, CQI with its threshold and any learning rate, over epochs.
 
         Raises `ValueError` if `axs` has another length. Needs matplotlib."""
-        k = 2 if self.lr is None else 3
-        if axs is None:
-            import matplotlib.pyplot as plt
-            _, axs = plt.subplots(k, 1, sharex=True, figsize=(8, 2*k + .6), layout='constrained', height_ratios=[3,2,1.4][:k])
-        axs = np.atleast_1d(axs).ravel()
-        if len(axs) != k: raise ValueError(f"`axs` must hold {k} axes (loss, CQI{', learning rate' if k == 3 else ''}), got {len(axs)}")
-        self._plot_loss(axs[0])
-        self._plot_cqi(axs[1])
-        if k == 3: axs[2].plot(self.epochs, self.lr, color='#009E73', label='learning rate')
-        if k == 3: axs[2].set(ylabel='learning rate')
-        if self.converged is not None:
-            for ax in axs: ax.axvline(self.epochs[self.converged], color='#D55E00', ls='--', lw=1.2, label='converged step')
-        for ax in axs[:2]: ax.legend(frameon=False, fontsize='small', loc='center left', bbox_to_anchor=(1, .5))  # beside the curves, not on them
-        for ax in axs: ax.spines[['top','right']].set_visible(False)
-        axs[0].set_title(self.status if self.converged is None else f'converged at epoch {self.epochs[self.converged]:.2f}', loc='left', fontsize='medium')
-        axs[-1].set_xlabel('epoch')
-        return axs
+        from fmce_fastai.convergence.plot import plot_convergence
+        return plot_convergence(self, axs)
 
-    def _plot_loss(self, ax):
-        "Colours: Okabe and Ito's, which colour-blind readers can tell apart; marker shapes and line styles differ as well"
-        ax.plot(self.epochs, self.losses, color='#BBBBBB', lw=.6, label='loss')
-        ax.plot(self.epochs, self.smoothed, color='#0072B2', lw=1.8, label='smoothed')
-        m = self.markers
-        if len(m): ax.plot(self.epochs[m.step], self.smoothed[m.step], 'o', color='#E69F00', mec='black', mew=.6, ms=5, label=f'levels {m.level.iloc[0]} to {m.level.iloc[-1]}')
-        ax.set(ylabel='training loss')
+    def __repr__(self):
+        n,at,spe = len(self.losses),self.converged,self.steps_per_epoch
+        where = '' if at is None else f' at step {at} (epoch {at/spe:.2f})'
+        return f'Convergence: {self.status}{where}; {n} steps, {n/spe:.4g} epochs. {self.message}'
 
-    def _plot_cqi(self, ax):
-        shown = np.where(self.cqi > 0, self.cqi, np.nan)  # a log axis has no place for 0
-        ax.plot(self.epochs, shown, color='#0072B2', lw=1.2, label='CQI')
-        ax.axhline(self.threshold, color='black', ls=':', lw=1.2, label=f'threshold {self.threshold:g}')
-        top = np.nanmax(shown) if np.isfinite(shown).any() else 1.
-        ax.set(ylabel='CQI (share / epoch)', yscale='log', ylim=(self.threshold/20, 2*max(top, self.threshold)))  # far below the threshold CQI is noise
+    def _repr_html_(self):
+        values = self.to_dict()
+        rows = [f'<tr><th>{name}</th><td>{_as_html(values[k])}</td></tr>' for k,name in _SUMMARY.items()]
+        return f'<table>{"".join(rows)}</table><p>{html.escape(self.message)}</p>'
+
+_SUMMARY = dict(
+    status='status',
+    steps='steps',
+    converged_epoch='converged epoch',
+    first_loss='first loss',
+    lowest_loss='lowest smoothed loss',
+    last_cqi='CQI at the end (1/epoch)',
+    threshold='threshold',
+    lr_at_converged='learning rate there')
+
+def _as_html(value):
+    "A value of `Convergence.to_dict` as it is shown in a table."
+    if value is None: return '–'
+    return f'{value:.4g}' if isinstance(value, float) else html.escape(str(value))
+
+def _last_finite(values):
+    "The last finite number in `values`, None if there is none."
+    return next((float(v) for v in values[::-1] if math.isfinite(v)), None)
 
 # %% ../../nbs/01e_convergence.run.ipynb #94ae9d39
-def _unusable(l, w, spe):
-    "Why a run cannot be scored, before anything else is computed: a message, or None"
-    bad = np.flatnonzero(~np.isfinite(l))
-    if bad.size: return f'The loss is {l[bad[0]]} at step {bad[0]} (epoch {bad[0]/spe:.2f}): lower the learning rate or clip gradients, or pass the losses before that step.'
-    need = max(2*w + 1, 7)  # w steps before CQI exists, w after the converged step; 7 for the noise test
-    if len(l) < need: return f'{len(l)} steps are too few: a window of {w} steps needs at least {need}. Train longer, or pass a smaller `window`.'
+def _check_rates(lr, n):
+    "Learning rates as an array of `n` numbers, or None."
+    if lr is None: return None
+    lr = finite_series(lr, 'lr')
+    if len(lr) != n: raise ValueError(f'`lr` must have one value per step: got {len(lr)} for {n} losses')
+    return lr
 
-def _no_drop(s, d):
-    "Why the drop of the smoothed losses `s` does not count, given what `real_drop` found: a message, or None"
-    if not d.real and d.fell <= 1e-9*np.abs(s).max():  # a difference below that is rounding
-        where = 'is level with' if d.fell > -1e-9*np.abs(s).max() else f'lies {-d.fell:.4g} above'
-        return f'The loss does not fall: the second half of the run {where} its start on average. Check the learning rate, the labels, and that weights are trained.'
-    if not d.real: return f'The loss falls by {d.fell:.4g} on average, which noise could explain (a single loss varies by {d.noise:.4g}). Train longer, or use larger batches.'
-    if s[0] - s.min() <= 2*d.noise: return (f'The first loss, {s[0]:.4g}, is only {s[0]-s.min():.4g} above the lowest smoothed one while a single loss varies by {d.noise:.4g}: '
-                                           'noise could explain as much, and the scale would have no firm start. Use larger batches.')
+def _smooth_until_invalid(losses, steps_per_epoch, halflife):
+    "Smoothed losses up to the first NaN or inf, NaN from there on."
+    smoothed = np.full(len(losses), np.nan)
+    valid = int(np.argmin(np.r_[np.isfinite(losses), False]))
+    smoothed[:valid] = smooth_losses(losses[:valid], steps_per_epoch, halflife)
+    return smoothed
 
-def _explain(c, at, lr, threshold, w, start_noise, shake, n_levels, spe):
-    "The message of a usable run"
-    if at is None:
-        reach = np.nanmax(c[-w - 1:])  # the lowest threshold under which the last w+1 steps would have stayed
-        msg = (f'CQI does not stay below the threshold {threshold:g} for the last {w} steps; the lowest it stays at is {reach:.3g}. Train longer, let the learning rate '
-               f'decay, or raise `threshold` above {reach:.3g}. No step has FMCS 1: labels end at level {n_levels-2} of {n_levels-1}.')
-        if reach < 5*shake: msg += f' Noise alone moves CQI by about {shake:.2g}, so training longer may not help: pass a larger `window`, or use larger batches.'
-    else:
-        msg = f'CQI stays below {threshold:g} from step {at} (epoch {at/spe:.2f}) on.'
-        if lr is not None and lr[at] < 0.1*lr.max():
-            msg += f' The learning rate was then at {lr[at]/lr.max():.2g} of its highest value: the run may have stopped moving because the rate did.'
-    if start_noise > 1/(n_levels - 1): msg += f' The noise of a single loss is {start_noise:.2f} of the drop: early labels may be off by more than one level.'
-    return msg
+def _unscored(losses, smoothed, lr, threshold, n_levels, steps_per_epoch):
+    "The result of an unusable run, to be completed if the run turns out to be usable."
+    n = len(losses)
+    no_level,no_step,no_fmcs = np.array([], int),np.array([], int),np.array([], float)
+    no_markers = pd.DataFrame(dict(level=no_level, step=no_step, fmcs=no_fmcs))
+    return Convergence(
+        losses, smoothed, lr, cqi=np.full(n, np.nan), progress=np.full(n, np.nan), converged=None,
+        markers=no_markers, threshold=threshold, n_levels=n_levels, steps_per_epoch=steps_per_epoch,
+        status='unusable', message='')
+
+def _score(run, window, halflife, spacing):
+    "Complete `run` as far as its losses allow; returns its message."
+    s,spe = run.smoothed,run.steps_per_epoch
+    w = window_steps(spe, window)
+    if reason := unusable_losses(run.losses, w, spe): return reason
+    run.cqi = cqi(s, spe, window)
+    drop = real_drop(run.losses, w)
+    if reason := insufficient_drop(s, drop): return reason
+    at = converged_step(run.cqi, run.threshold, window_steps=w)
+    end = s.min() if at is None else s[at]
+    if reason := later_rise(s, end): return reason
+    run.status = 'not converged' if at is None else 'converged'
+    run.converged = at
+    run.start_noise = drop.noise/(s[0] - end)
+    run.progress = progress(s, at, run.n_levels)
+    run.markers = markers(run.progress, run.n_levels, spacing, at)
+    return outcome(run, w, cqi_noise(drop.noise/(s[0] - s.min()), spe, halflife, window))
 
 def convergence(
-    losses:Sequence, # loss of every training step, in order
-    steps_per_epoch:float, # training steps in one epoch, >= 1
-    lr:Sequence|None=None, # learning rate of every step, shown beside CQI
-    threshold:float=0.05, # the run counts as converged once CQI stays below it
+    losses:Sequence, # Loss of every training step, in order
+    steps_per_epoch:float, # Training steps in one epoch, >= 1
+    lr:Sequence|None=None, # Learning rate of every step, shown beside CQI
+    threshold:float=0.05, # The run counts as converged once CQI stays below it
     n_levels:int=11, # K, at least 2
-    halflife:float=0.25, # of the smoothing, in epochs
-    window:float=1.0, # window of the CQI in epochs (at least 8 steps)
-    spacing:str='loss', # of the markers: 'loss' (equal shares of the drop) or 'step' (equal time)
-) -> Convergence: # status, converged step, labels
-    """Judge one run by its training losses: converged where, and how far at each step?
+    halflife:float=0.25, # Half-life of the smoothing, in epochs
+    window:float=1.0, # Window of the CQI, in epochs (at least 8 steps)
+    spacing:str='loss', # Of the markers: 'loss' (equal shares of the drop) or 'step' (equal time)
+) -> Convergence: # Status, converged step, labels
+    """Determine from the training losses of one run where it converged, and how far it was at each step.
 
-    `losses` and `lr` (n,). A run that did not converge or cannot be scored is answered with a `ConvergenceWarning` and a `status`, not with an
-    exception. Raises `ValueError`/`TypeError` only for arguments that are not accepted. Method: CQI and convergence phases of
-    arXiv 2405.04041; constants and the noise test are this package's."""
-    l, w, k = as_series(losses), window_steps(steps_per_epoch, window), check_integer(n_levels, 'n_levels', 2)
-    check_number(threshold, 'threshold', 0), check_number(halflife, 'halflife', 0), check_spacing(spacing)
-    if lr is not None:
-        lr = finite_series(lr, 'lr')
-        if len(lr) != len(l): raise ValueError(f'`lr` must have one value per step: got {len(lr)} for {len(l)} losses')
-    s, good = np.full(len(l), np.nan), int(np.argmin(np.r_[np.isfinite(l), False]))
-    s[:good] = smooth_losses(l[:good], steps_per_epoch, halflife)
-    c, p, at, noise = np.full(len(l), np.nan), np.full(len(l), np.nan), None, math.nan
-    marks, status = pd.DataFrame(dict(level=np.array([], int), step=np.array([], int), fmcs=np.array([], float))), 'unusable'
-    message = _unusable(l, w, steps_per_epoch)
-    if message is None:
-        c, d = cqi(s, steps_per_epoch, window), real_drop(l, w)
-        message = _no_drop(s, d)
-    if message is None:
-        at = converged_step(c, threshold, window_steps=w)
-        end = s.min() if at is None else s[at]
-        if end >= s[0]: message = f'The loss fell but rose again, from {s[0]:.4g} over {s.min():.4g} to {end:.4g}: pass the losses before the rise.'
-    if message is None:
-        noise, status = d.noise/(s[0] - end), 'not converged' if at is None else 'converged'
-        p = progress(s, at, k)
-        marks = markers(p, k, spacing, at)
-        shake = cqi_noise(d.noise/(s[0] - s.min()), steps_per_epoch, halflife, window)
-        message = _explain(c, at, lr, threshold, w, noise, shake, k, steps_per_epoch)
-    if status != 'converged': warnings.warn(f'{status}: {message}', ConvergenceWarning, stacklevel=2)
-    return Convergence(l, s, lr, c, p, at if status == 'converged' else None, marks, threshold, k, steps_per_epoch, status, message, noise)
+    `losses` and `lr` (n,). For a run that did not converge or cannot be scored, the result has another
+    `status` and a `ConvergenceWarning` is issued. Raises `ValueError`/`TypeError` only for arguments
+    that are not accepted. Method: CQI and convergence phases of arXiv 2405.04041; the constants and the
+    noise test are this package's."""
+    losses = as_series(losses)
+    window_steps(steps_per_epoch, window)  # checks both
+    n_levels = check_integer(n_levels, 'n_levels', 2)
+    check_number(threshold, 'threshold', 0)
+    check_number(halflife, 'halflife', 0)
+    check_spacing(spacing)
+    lr = _check_rates(lr, len(losses))
+    smoothed = _smooth_until_invalid(losses, steps_per_epoch, halflife)
+    run = _unscored(losses, smoothed, lr, threshold, n_levels, steps_per_epoch)
+    run.message = _score(run, window, halflife, spacing)
+    if run.status != 'converged':
+        warnings.warn(f'{run.status}: {run.message}', ConvergenceWarning, stacklevel=2)
+    return run

@@ -1,4 +1,4 @@
-"""Loaders from a folder of images
+"""DataLoaders from a folder of images
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/data.folder.html.md"""
 
@@ -17,96 +17,144 @@ from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
 from .images import as_bytes, check_positive_int, DataError, fit_square
-from .loaders import ImageStore, item_dls, SplitDataLoaders
-from .arrays import stratified_subset
-from .digits import hash_order
+from .loaders import consecutive_slices, ImageStore, item_dls, SplitDataLoaders
+from .subsets import hash_order, stratified_subset
 
 # %% ../../nbs/06f_data.folder.ipynb #6f6961c0
-FOLDER_BUDGET = 512<<20 # bytes of resized RGB images up to which a folder is decoded into memory
-_split_names = {'train':('train',), 'valid':('valid','val','validation'), 'test':('test',)}
+def _visible(paths):
+    "Paths whose name does not start with a dot, sorted."
+    return sorted(o for o in paths if not o.name.startswith('.'))
 
-def _subfolders(folder): return sorted(o for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.'))
+def _image_files(folder):
+    "The image files directly in a class folder, sorted."
+    files = _visible(o for o in folder.iterdir() if o.is_file())
+    images = [o for o in files if o.suffix.lower() in image_extensions]
+    if images: return images
+    problem = "is empty"
+    if files: problem = f"holds {len(files)} files but no image (the first is {files[0].name})"
+    raise DataError(f"The class folder {folder} {problem}. "
+                    "Add images to it or remove it; images lie directly in the folder of their class.")
 
 def _class_files(folder):
-    "Class name -> its image files, sorted, for the subfolders of `folder`."
-    res = {}
-    for sub in _subfolders(folder):
-        files = sorted(o for o in sub.iterdir() if o.is_file() and not o.name.startswith('.'))
-        res[sub.name] = [o for o in files if o.suffix.lower() in image_extensions]
-        if not res[sub.name]:
-            what = f"holds {len(files)} files but no image (the first is {files[0].name})" if files else "is empty"
-            raise DataError(f"The class folder {sub} {what}. Add images to it or remove it; images lie directly in the folder of their class.")
-    if not res: raise DataError(f"No class folders in {folder}: expected one subfolder per class, with images in it.")
-    if len(res)==1: raise DataError(f"Only one class folder in {folder} ({next(iter(res))!r}): a classifier needs two or more.")
+    "Class name -> its image files, for the subfolders of `folder`."
+    res = {o.name: _image_files(o) for o in _visible(o for o in folder.iterdir() if o.is_dir())}
+    if not res:
+        raise DataError(f"No class folders in {folder}: "
+                        "expected one subfolder per class, with images in it.")
+    if len(res)==1:
+        raise DataError(f"Only one class folder in {folder} ({next(iter(res))!r}): "
+                        "a classifier needs two or more.")
     return res
 
-def _carve(files, pcts, folder):
-    "Split every class of `files` by the hash of its names: first the parts of `pcts`, then the rest. Each part gets an image at least."
-    parts = [{} for _ in pcts] + [{}]
+# %% ../../nbs/06f_data.folder.ipynb #a07156d1
+def _held_out_sizes(paths, pcts, class_folder):
+    "Number of images to hold out for each share of `pcts`: at least one, none for a share of 0."
+    sizes = [max(1, round(len(paths)*p)) if p else 0 for p in pcts]
+    if sum(sizes) >= len(paths):
+        raise DataError(f"The class folder {class_folder} holds {len(paths)} images: "
+                        f"too few to split off {sum(sizes)} for validation and test. "
+                        "Add images, or provide valid/ and test/ folders.")
+    return sizes
+
+def _hash_split(files, pcts, folder):
+    "Split every class by the hash of its file names: a part for each share of `pcts`, then the rest."
+    parts = [{} for _ in range(len(pcts)+1)]
     for name,paths in files.items():
-        sizes = [max(1, round(len(paths)*p)) if p else 0 for p in pcts]
-        if sum(sizes) >= len(paths):
-            raise DataError(f"The class folder {folder/name} holds {len(paths)} images: too few to split off {sum(sizes)} for validation and test. "
-                            "Add images, or give valid/ and test/ folders of your own.")
+        sizes = _held_out_sizes(paths, pcts, folder/name)
         ordered = [paths[i] for i in hash_order([f'{name}/{o.name}' for o in paths])]
-        stops = np.cumsum([0]+sizes+[len(paths)-sum(sizes)]).tolist()
-        for part,a,b in zip(parts, stops, stops[1:]): part[name] = sorted(ordered[a:b])
+        slices = consecutive_slices([*sizes, len(paths)-sum(sizes)])
+        for part,s in zip(parts, slices): part[name] = sorted(ordered[s])
     return parts
 
-def _folder_splits(path, valid_pct, test_pct):
-    "The files of each split: class name -> files."
-    found = {k: next((path/o for o in names if (path/o).is_dir()), None) for k,names in _split_names.items()}
-    if found['train'] is None:
-        valid,test,train = _carve(_class_files(path), [valid_pct,test_pct], path)
-        return [train,valid] + ([test] if test_pct else [])
-    splits = [_class_files(found['train'])]
-    if found['valid'] is None: splits = _carve(splits[0], [valid_pct], found['train'])[::-1]
-    else: splits.append(_class_files(found['valid']))
-    if found['test'] is not None: splits.append(_class_files(found['test']))
+def _split_by_hash(path, valid_pct, test_pct):
+    "Splits of a folder that has no train/ folder."
+    valid,test,train = _hash_split(_class_files(path), [valid_pct,test_pct], path)
+    return [train,valid,test] if test_pct else [train,valid]
+
+# %% ../../nbs/06f_data.folder.ipynb #89746bec
+def _first_folder(path, *names):
+    "The first of the subfolders `names` that exists, or None."
+    return next((path/o for o in names if (path/o).is_dir()), None)
+
+def _check_classes(splits, path):
+    "Raise if the validation or test images have a class that the training images lack."
     for split in splits[1:]:
-        if extra := sorted(set(split)-set(splits[0])):
-            raise DataError(f"{path}: no training images for the classes {', '.join(extra)}, which the validation or test folder has.")
+        extra = sorted(set(split)-set(splits[0]))
+        if extra:
+            raise DataError(f"{path}: no training images for the classes {', '.join(extra)}, "
+                            "which the validation or test folder has.")
+
+def _folder_splits(path, valid_pct, test_pct):
+    "Class name -> files for each split: training, validation and perhaps test."
+    train_dir,test_dir = _first_folder(path, 'train'),_first_folder(path, 'test')
+    valid_dir = _first_folder(path, 'valid', 'val', 'validation')
+    if train_dir is None: return _split_by_hash(path, valid_pct, test_pct)
+    train = _class_files(train_dir)
+    if valid_dir is not None: valid = _class_files(valid_dir)
+    else: valid,train = _hash_split(train, [valid_pct], train_dir)
+    splits = [train,valid] + ([] if test_dir is None else [_class_files(test_dir)])
+    _check_classes(splits, path)
     return splits
+
+# %% ../../nbs/06f_data.folder.ipynb #f30718a8
+FOLDER_BUDGET = 512<<20 # bytes of resized RGB images up to which a folder is decoded into memory
+
+def _class_numbers(files, vocab):
+    "The class numbers of `files`, from the names of their folders."
+    return [vocab.index(o.parent.name) for o in files]
+
+def _file_lists(splits, vocab, n_train, seed):
+    "The files of each split in one list, by class; of the training files all or a stratified subset."
+    train,*held_out = [[o for name in sorted(split) for o in split[name]] for split in splits]
+    if n_train is not None:
+        keep = stratified_subset(np.array(_class_numbers(train, vocab)), n_train, seed)
+        train = [train[i] for i in keep]
+    return [train, *held_out]
+
+def _decode_all(files, vocab, size):
+    "The items of each split, decoded now and kept in memory."
+    every = [o for part in files for o in part]
+    progress = progress_bar(every) if len(every) > 1000 else every # a bar only for what takes time
+    images = torch.cat([fit_square(as_bytes(o)[None], size) for o in progress])
+    store = ImageStore(images, torch.tensor(_class_numbers(every, vocab)), vocab, size)
+    return store.split_items([len(o) for o in files])
+
+def _check_folder_arguments(path, size, valid_pct, test_pct):
+    "Raise for a missing folder, impossible shares or an impossible size."
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(path)!r} (working folder: {Path.cwd()}).")
+    if not (0 < valid_pct < 1 and 0 <= test_pct < 1 and valid_pct+test_pct < 1):
+        raise DataError(f"valid_pct={valid_pct}, test_pct={test_pct}: "
+                        "expected shares with 0 < valid_pct, 0 <= test_pct and a sum below 1.")
+    check_positive_int('size', size)
 
 # %% ../../nbs/06f_data.folder.ipynb #d8200afc
 @delegates(item_dls, but=['vocab','num_workers','path'])
 def folder_dls(
-    path:str, # Folder with one subfolder per class, or with train/, valid/ and test/ folders of that kind
+    path:str, # Folder with one subfolder per class, or with such train/, valid/ and test/ folders
     size:int=224, # Side of the images, pixels
     bs:int=64, # Images per batch; a smaller training set makes one batch
     n_train:int=None, # Size of the stratified training subset; None: all
-    seed:int=0, # Decides the training subset and the order of the batches, never the split
-    valid_pct:float=0.2, # Share of each class for validation, where there is no valid/ folder
-    test_pct:float=0.2, # Share of each class for the test, where there is no train/ folder; 0: no test split
+    seed:int=0, # Seed of the training subset and of the order of the batches; the split is fixed
+    valid_pct:float=0.2, # Share of each class for validation, if there is no valid/ folder
+    test_pct:float=0.2, # Share of each class for testing, if there is no train/ folder; 0: no test split
     in_memory:bool=None, # Decode all images now and keep them; None: if they take 512 MiB or less
     num_workers:int=None, # Processes that read images; None: 0 in memory, else one per CPU (at most 16)
     **kwargs
-) -> SplitDataLoaders:
-    """Loaders over image files, one subfolder per class.
+) -> SplitDataLoaders: # Batches of images cropped to their centred square, resized, in RGB
+    """Loaders for image files, one subfolder per class.
 
-    Images are cut to their centred square and resized; all become RGB. With a train/ folder but no valid/, validation is split off train/;
-    without a test/ folder beside train/ there is no test split. Raises `FileNotFoundError` if `path` is not a folder; `DataError` for fewer than two
-    classes, a class without images or with too few to split, and for a file that is no image or is cut short: at once if kept in
-    memory, else when it is read."""
+    With a train/ folder but no valid/, validation is split off train/; without a test/ folder beside
+    train/ there is no test split. Raises `FileNotFoundError` if `path` is not a folder; `DataError` for
+    fewer than two classes, for a class with no images or too few to split, and for a file that is damaged
+    or not an image: at once if images are kept in memory, otherwise when the file is read."""
     path = Path(path).expanduser()
-    if not path.is_dir(): raise FileNotFoundError(f"There is no folder {str(path)!r} (working folder: {Path.cwd()}).")
-    if not (0 < valid_pct < 1 and 0 <= test_pct < 1 and valid_pct+test_pct < 1):
-        raise DataError(f"valid_pct={valid_pct}, test_pct={test_pct}: expected shares with 0 < valid_pct, 0 <= test_pct and a sum below 1.")
-    check_positive_int('size', size)
+    _check_folder_arguments(path, size, valid_pct, test_pct)
     splits = _folder_splits(path, valid_pct, test_pct)
     vocab = sorted(splits[0])
-    files = [[o for name in sorted(split) for o in split[name]] for split in splits]
-    if n_train is not None:
-        numbers = np.array([vocab.index(o.parent.name) for o in files[0]])
-        files[0] = [files[0][i] for i in stratified_subset(numbers, n_train, seed)]
-    n_files = sum(map(len, files))
-    if in_memory is None: in_memory = n_files*3*size**2 <= FOLDER_BUDGET
+    items = _file_lists(splits, vocab, n_train, seed)
+    if in_memory is None: in_memory = sum(map(len, items))*3*size**2 <= FOLDER_BUDGET
     if in_memory:
-        every = [o for part in files for o in part]
-        # A bar only where there is something to wait for
-        images = torch.cat([fit_square(as_bytes(o)[None], size) for o in (progress_bar(every) if n_files>1000 else every)])
-        store = ImageStore(images, torch.tensor([vocab.index(o.parent.name) for o in every]), vocab, size)
-        stops = np.cumsum([len(o) for o in files]).tolist()
-        files = [store.items(a,b) for a,b in zip([0]+stops, stops)]
+        items = _decode_all(items, vocab, size)
         if num_workers is None: num_workers = 0
-    return item_dls(files, vocab, size=size, bs=bs, seed=seed, num_workers=num_workers, **kwargs)
+    return item_dls(items, vocab, size=size, bs=bs, seed=seed, num_workers=num_workers, **kwargs)

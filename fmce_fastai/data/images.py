@@ -1,4 +1,4 @@
-"""One image of any kind as bytes
+"""Images of any type as byte tensors
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/data.images.html.md"""
 
@@ -20,13 +20,18 @@ from PIL import Image, UnidentifiedImageError
 
 # %% ../../nbs/06a_data.images.ipynb #10a8e621
 class DataError(ValueError):
-    "The data cannot be used as they are; the message says what is wrong, where, and what to do."
+    "The data cannot be used; the message names the file or argument, the problem and the remedy."
 
 # %% ../../nbs/06a_data.images.ipynb #7c66d74a
-def check_positive_int(name, value, least=1):
-    "Raise unless `value` is an integer of at least `least`."
+def check_positive_int(
+    name:str, # Name of the argument, for the message
+    value, # Its value
+    least:int=1, # Smallest accepted value
+):
+    "Raise `TypeError` unless `value` is an integer, and `DataError` if it is smaller than `least`."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}={value!r}: expected an integer of at least {least}, got {type(value).__name__}.")
+        raise TypeError(
+            f"{name}={value!r}: expected an integer of at least {least}, got {type(value).__name__}.")
     if value < least: raise DataError(f"{name}={value}: expected an integer of at least {least}.")
 
 # %% ../../nbs/06a_data.images.ipynb #d469a353
@@ -34,11 +39,13 @@ def fit_square(
     images:torch.Tensor, # Bytes, (N, C, H, W)
     size:int, # Side of the result, pixels
 ) -> torch.Tensor: # Bytes, (N, C, size, size)
-    """The centred largest square of each image, resized with antialiased bilinear interpolation.
+    """Crop each image to its largest centred square and resize it, bilinear with antialiasing.
 
-    Returns a view if nothing needs to be resized. Raises `TypeError` unless `images` are four-dimensional `uint8`."""
+    Returns a view if the square already has the right size. Raises `TypeError` unless `images` are
+    four-dimensional `uint8`."""
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise TypeError(f"fit_square takes uint8 images of shape (N, C, H, W), got {images.dtype} of shape {tuple(images.shape)}.")
+        raise TypeError("fit_square takes uint8 images of shape (N, C, H, W), "
+                        f"got {images.dtype} of shape {tuple(images.shape)}.")
     h,w = images.shape[-2:]
     side = min(h, w)
     top,left = (h-side)//2, (w-side)//2
@@ -47,52 +54,86 @@ def fit_square(
     return F.interpolate(images, size=(size,size), mode='bilinear', antialias=True, align_corners=False)
 
 # %% ../../nbs/06a_data.images.ipynb #deae7569
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow and the decoders below it raise for files that are not images, damaged, or truncated
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, zlib.error,
+              Image.DecompressionBombError)
 
-def decode_image(o, name):
-    "The RGB pixels of an image file, (3, H, W); `name` is how messages call it."
+def decode_image(
+    o, # Path, or a file open in binary mode
+    name:str, # What the error message calls it
+) -> torch.Tensor: # Bytes, (3, H, W)
+    "The RGB pixels of an image file. Raises `DataError` if Pillow cannot read it."
     try:
         with Image.open(o) as im: pixels = np.array(im.convert('RGB'))
     except UNREADABLE as e:
-        raise DataError(f"{name} is not an image that Pillow can read, or is cut short ({type(e).__name__}: {e}). "
-                        "Replace or remove it.") from e
+        raise DataError(f"{name} is not an image that Pillow can read, or is truncated "
+                        f"({type(e).__name__}: {e}). Replace or remove it.") from e
     return torch.from_numpy(pixels).permute(2,0,1)
 
-def byte_pixels(x):
-    "`x` as `uint8`: integers in 0..255 as they are, floating point in 0..1 scaled."
+# %% ../../nbs/06a_data.images.ipynb #c22b182f
+def byte_pixels(
+    x:torch.Tensor, # Integers in 0..255, or floating-point numbers in 0..1
+) -> torch.Tensor: # `uint8`, same shape
+    """Pixels as `uint8`: integers are cast, floating-point numbers multiplied by 255 and rounded.
+
+    Raises `DataError` for pixels out of range, `TypeError` for Boolean and complex ones."""
     if x.dtype == torch.uint8: return x
-    if x.dtype == torch.bool or x.is_complex(): raise TypeError(f"Pixels of type {x.dtype} are not accepted: use uint8, or floats in 0..1.")
+    if x.dtype == torch.bool or x.is_complex():
+        raise TypeError(f"Pixels of type {x.dtype} are not accepted: use uint8, or floats in 0..1.")
     top = 1 if x.is_floating_point() else 255
+    # `not (... and ...)`, so that NaN is refused
     if x.numel() and not (x.min() >= 0 and x.max() <= top):
-        raise DataError(f"Pixels of type {x.dtype} must lie in 0..{top}, these lie in {x.min():.3g}..{x.max():.3g}. "
-                        "A normalised image cannot be used as an item: give the image before normalisation.")
-    return ((x*255).round() if top==1 else x).to(torch.uint8)
+        raise DataError(f"Pixels of type {x.dtype} must lie in 0..{top}, "
+                        f"these lie in {x.min():.3g}..{x.max():.3g}. "
+                        "If the image is normalised, pass it before normalisation.")
+    if top == 1: x = (x*255).round()
+    return x.to(torch.uint8)
+
+# %% ../../nbs/06a_data.images.ipynb #3cb2e984
+def _open_path(path):
+    "The pixels of the image file `path`."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no image file {str(path)!r} (working folder: {Path.cwd()}).")
+    return decode_image(path, str(path))
+
+def _array_to_tensor(a):
+    "An array (H, W) or (H, W, channels) as a tensor (channels, H, W)."
+    if a.ndim not in (2,3):
+        raise DataError(f"An array must have shape (H, W) or (H, W, channels), got {a.shape}.")
+    x = torch.from_numpy(np.ascontiguousarray(a))
+    return x[None] if x.ndim == 2 else x.permute(2,0,1)
+
+def _plain_tensor(x):
+    "A tensor of any subclass and device as a plain CPU tensor (channels, H, W)."
+    if x.ndim not in (2,3):
+        raise DataError(f"A tensor must have shape (H, W) or (channels, H, W), got {tuple(x.shape)}.")
+    x = x.detach().as_subclass(torch.Tensor).cpu()
+    return x[None] if x.ndim == 2 else x
+
+def _to_tensor(o):
+    "A PIL image, array or tensor as a tensor (channels, H, W) of its own data type."
+    if isinstance(o, Image.Image): return torch.from_numpy(np.array(o.convert('RGB'))).permute(2,0,1)
+    if isinstance(o, np.ndarray): return _array_to_tensor(o)
+    if isinstance(o, torch.Tensor): return _plain_tensor(o)
+    raise TypeError(f"Cannot make an image of {type(o).__name__}: pass a path, bytes, a PIL image, "
+                    "an array (H, W, channels) or a tensor (channels, H, W).")
 
 # %% ../../nbs/06a_data.images.ipynb #5298be5d
 def as_bytes(
-    o, # Path, contents of a file as `bytes`, PIL image, array (H, W) or (H, W, 1, 3 or 4), tensor (H, W) or (1 or 3, H, W)
-) -> torch.Tensor: # Bytes, (3, H, W); grey is repeated
-    """One image of any usual kind as bytes.
+    o, # Path, file contents as `bytes`, PIL image, array (H, W[, channels]), tensor ([channels, ]H, W)
+) -> torch.Tensor: # Bytes, (3, H, W); a grey image is repeated
+    """One image of any supported type as bytes.
 
-    Floating-point pixels are taken to lie in 0..1. Raises `FileNotFoundError` for a path that is not there, `DataError` for a
-    broken file, a wrong shape or pixels out of range, `TypeError` for other objects."""
-    if isinstance(o, (str, Path)):
-        if not Path(o).is_file(): raise FileNotFoundError(f"There is no image file {str(o)!r} (working folder: {Path.cwd()}).")
-        return decode_image(o, str(o))
-    if isinstance(o, bytes): return decode_image(io.BytesIO(o), f"The given contents of a file ({len(o)} bytes)")
-    if isinstance(o, Image.Image): x = torch.from_numpy(np.array(o.convert('RGB'))).permute(2,0,1)
-    elif isinstance(o, np.ndarray):
-        if o.ndim not in (2,3): raise DataError(f"An array must have shape (H, W) or (H, W, channels), got {o.shape}.")
-        x = torch.from_numpy(np.ascontiguousarray(o))
-        x = x[None] if x.ndim==2 else x.permute(2,0,1)
-    elif isinstance(o, torch.Tensor):
-        if o.ndim not in (2,3): raise DataError(f"A tensor must have shape (H, W) or (channels, H, W), got {tuple(o.shape)}.")
-        x = o.detach().as_subclass(torch.Tensor).cpu()
-        if x.ndim==2: x = x[None]
-    else: raise TypeError(f"Cannot make an image of {type(o).__name__}: give a path, bytes, a PIL image, an array (H, W, channels) "
-                          "or a tensor (channels, H, W).")
-    if x.shape[0] == 4: x = x[:3] # alpha says nothing about the class
+    1, 3 or 4 channels; the fourth (alpha) is dropped. Floating-point pixels must lie in 0..1.
+    Raises `FileNotFoundError` for a missing file, `DataError` for a damaged file, a wrong shape or
+    pixels out of range, `TypeError` for other types."""
+    if isinstance(o, (str, Path)): return _open_path(o)
+    if isinstance(o, bytes):
+        return decode_image(io.BytesIO(o), f"The given contents of a file ({len(o)} bytes)")
+    x = _to_tensor(o)
+    if x.shape[0] == 4: x = x[:3] # alpha carries no information about the class
     if x.shape[0] not in (1,3) or 0 in x.shape:
-        raise DataError(f"An image has 1 or 3 channels and at least one pixel, got shape {tuple(o.shape)} for {type(o).__name__}. "
+        raise DataError("An image has 1 or 3 channels and at least one pixel, "
+                        f"got shape {tuple(o.shape)} for {type(o).__name__}. "
                         "Arrays are (H, W, channels), tensors (channels, H, W).")
     return byte_pixels(x).expand(3,-1,-1)

@@ -1,4 +1,4 @@
-"""Data sets by name
+"""Loaders for a data set's name or a folder
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/data.names.html.md"""
 
@@ -11,33 +11,48 @@ __all__ = ['data_sets', 'get_dls']
 import difflib
 from pathlib import Path
 
+from .digits import digits_dls
+from .folder import folder_dls
 from .images import DataError
 from .loaders import SplitDataLoaders
-from .digits import digits_dls
-from .torchvision import DataSet, torchvision_sets
-from .folder import folder_dls
+from .spec import DataSet
+from .torchvision import torchvision_sets
 
 # %% ../../nbs/06g_data.names.ipynb #7763712e
 data_sets = {'digits': DataSet('digits', digits_dls, 10, 1197, 300, 300, 8, 1), **torchvision_sets}
+
+def _named_dls(spec, root, kwargs):
+    "Loaders for one of `data_sets`."
+    if root is None: return spec.dls(**kwargs)
+    if spec.tv_class is None:
+        raise DataError(f"root={str(root)!r}: {spec.name} comes with scikit-learn and takes no root.")
+    return spec.dls(root=root, **kwargs)
+
+def _unknown_name(data, name):
+    "The error for `data`, which is neither a name nor a folder, with the most similar name."
+    near = difflib.get_close_matches(name, data_sets, n=1)
+    return DataError(f"{str(data)!r} is neither a data set nor a folder. "
+                     + (f"Did you mean {near[0]!r}? " if near else "")
+                     + f"Data sets: {', '.join(data_sets)}; "
+                       "or the path of a folder with one subfolder per class.")
 
 def get_dls(
     data:str, # A name in `data_sets`, or the path of a folder with one subfolder per class
     root:str=None, # Folder with the files of a named data set
     **kwargs # Passed on to the data set's function or to `folder_dls`
-) -> SplitDataLoaders:
+) -> SplitDataLoaders: # One loader for each split
     """Loaders for a data set's name or a folder.
 
-    A name wins over a folder of the same name: write `./digits` for the folder. Raises `DataError` for a name that is neither, and for a `root`
-    where none is needed."""
-    if not isinstance(data, (str, Path)): raise TypeError(f"data={data!r}: expected the name of a data set or a folder's path, got {type(data).__name__}.")
+    A name takes precedence over a folder of the same name: write `./digits` for the folder.
+    Raises `DataError` for a `data` that is neither, and for a `root` where none is needed; `TypeError`
+    if `data` is not a string or path."""
+    if not isinstance(data, (str, Path)):
+        raise TypeError(f"data={data!r}: expected the name of a data set or a folder's path, "
+                        f"got {type(data).__name__}.")
     name = str(data).lower().replace('-','_')
-    if name in data_sets:
-        if root is None: return data_sets[name].dls(**kwargs)
-        if data_sets[name].tv_class is None: raise DataError(f"root={str(root)!r}: {name} comes with scikit-learn and takes no root.")
-        return data_sets[name].dls(root=root, **kwargs)
-    if Path(data).expanduser().is_dir():
-        if root is not None: raise DataError(f"root={str(root)!r} does not go with a folder: give the folder's whole path as data, without root.")
-        return folder_dls(data, **kwargs)
-    near = difflib.get_close_matches(name, data_sets, n=1)
-    raise DataError(f"{str(data)!r} is neither a data set nor a folder. " + (f"Did you mean {near[0]!r}? " if near else "") +
-                    f"Data sets: {', '.join(data_sets)}; or the path of a folder with one subfolder per class.")
+    if name in data_sets: return _named_dls(data_sets[name], root, kwargs)
+    if not Path(data).expanduser().is_dir(): raise _unknown_name(data, name)
+    if root is not None:
+        raise DataError(f"root={str(root)!r} cannot be combined with a folder: "
+                        "pass the folder's full path as data, without root.")
+    return folder_dls(data, **kwargs)

@@ -1,4 +1,4 @@
-"""Which maps carry gradient?
+"""Which maps carry gradient
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/maps.check.html.md"""
 
@@ -11,45 +11,55 @@ __all__ = ['check_taps']
 import torch
 from torch import nn
 
+from ..util.state import keep_buffers, keep_modes
 from .plan import TapPlan, tensor_leaves
-from .tap import FeatureTap
 from .probe import probe_input
+from .tap import FeatureTap
 
 # %% ../../nbs/02j_maps.check.ipynb #5cc218ac
+def _gradients(y, xs):
+    "Gradients of `y` with respect to each of `xs`, None where there is none."
+    if not (y.requires_grad and xs): return [None]*len(xs)
+    return torch.autograd.grad(y, xs, retain_graph=True, allow_unused=True)
+
+def _not_finite(fmap): return int((~fmap.isfinite()).sum())
+
+def _check_map(name, fmap, edges, task, weights):
+    "The row of one tap; `task` is a loss on the network's outputs."
+    graph = fmap is not None and fmap.requires_grad
+    row = dict(module=name, graph=graph, task_gradient=float('nan'), reached=0, trainable=len(weights),
+               not_finite=-1 if fmap is None else _not_finite(fmap))
+    if not graph: return row
+    node,nr,arrange = edges[name]
+    g, = _gradients(task, [torch.autograd.graph.GradientEdge(node, nr)])
+    row['task_gradient'] = 0. if g is None else float(arrange(g).float().norm())
+    on_weights = _gradients(fmap.float().square().mean(), weights)
+    row['reached'] = sum(g is not None and bool((g != 0).any()) for g in on_weights)
+    return row
+
 def check_taps(
     model:nn.Module, # Any network
     plan:TapPlan, # Its taps
-    x:torch.Tensor|None=None, # Input (B, C, H, W), at least two images; default: noise of the plan's probe size
+    x:torch.Tensor|None=None, # Input (B, C, H, W), two images or more; default: noise of the probe's size
 ): # DataFrame, one row per tap
-    """What a training step finds at each tap: does the map carry gradient (`graph`), does the network's output depend on it (`task_gradient`, the norm of the gradient of the mean square of the outputs), how many
-    of the trainable weight tensors does a loss on this map reach (`reached`, of `trainable`), and how many numbers in it are not finite (`not_finite`).
+    """What a training step finds at each tap. Columns:
 
-    The network's weights, buffers, modes, gradients and random state are as before."""
+    - `graph`: True if the map carries gradient
+    - `task_gradient`: norm of the gradient, at the map, of the mean square of the network's outputs; 0 if they
+      do not depend on it
+    - `reached`: number of weight tensors that a loss on this map sends gradient to
+    - `trainable`: number of weight tensors that are trained
+    - `not_finite`: values in the map that are not finite; -1 if no map arrived
+
+    The network's weights, buffers, modes, gradients and random state stay as they were."""
     import pandas as pd
     if x is None: x = probe_input(model, tuple(plan.probe[2:]), plan.probe[1])
-    modes,buffers = [(m, m.training) for m in model.modules()],[(b, b.detach().clone()) for b in model.buffers()]
     weights = [p for p in model.parameters() if p.requires_grad]
-    rows = []
-    try:
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == 'cuda' else []), torch.enable_grad():
-            model.train()
-            tap = FeatureTap(plan).arm(model)
-            out = model(x)
-            edges,maps = tap.edges(),tap.take()
-            task = sum(t.float().square().mean() for _,t in tensor_leaves(out) if t.is_floating_point())
-            grad = lambda y, xs: torch.autograd.grad(y, xs, retain_graph=True, allow_unused=True) if y.requires_grad and xs else [None]*len(xs)
-            for t in plan:
-                m = maps.get(t.name)
-                row = dict(module=t.name, graph=m is not None and m.requires_grad, task_gradient=float('nan'), reached=0, trainable=len(weights), not_finite=-1 if m is None else int((~m.isfinite()).sum()))
-                if row['graph']:
-                    node,nr,arrange = edges[t.name]
-                    g = grad(task, [torch.autograd.graph.GradientEdge(node, nr)])[0]
-                    row['task_gradient'] = 0. if g is None else float(arrange(g).float().norm())
-                    row['reached'] = sum(g is not None and bool((g != 0).any()) for g in grad(m.float().square().mean(), weights))
-                rows.append(row)
-    finally:
-        with torch.no_grad():
-            for b,old in buffers: b.copy_(old)
-        model.train(modes[0][1])
-        for m,mode in modes: m.training = mode
-    return pd.DataFrame(rows)
+    random = torch.random.fork_rng(devices=[x.device] if x.device.type == 'cuda' else [])
+    with keep_modes(model), keep_buffers(model), random, torch.enable_grad():
+        model.train()
+        tap = FeatureTap(plan).arm(model)
+        out = model(x)
+        edges,maps = tap.edges(),tap.take()
+        task = sum(t.float().square().mean() for _,t in tensor_leaves(out) if t.is_floating_point())
+        return pd.DataFrame([_check_map(t.name, maps.get(t.name), edges, task, weights) for t in plan])

@@ -1,4 +1,4 @@
-"""`tap_plan`: where to tap any network
+"""`tap_plan`: which modules of a network to tap
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/maps.find.html.md"""
 
@@ -16,102 +16,162 @@ import torch
 from torch import nn
 
 from ..util.state import unwrap
-from .plan import find_backbone, TapError, TapPlan
-from .probe import arch_name, FORWARD_ERRORS, make_tap, probe, probe_input, read_taps
-from .intermediates import inputs_of, taps_from_intermediates, timm_module, verified_taps
-from .stages import from_feature_info, from_stages
 from .given import taps_from_names
+from .intermediates import find_timm_model, inputs_of, taps_from_intermediates, TimmTaps, verified_taps
+from .plan import find_backbone, TapError, TapPlan
+from .probe import arch_name, FORWARD_ERRORS, make_tap, probe_input, probe_network, tap_readings
+from .stages import maps_from_feature_info, maps_from_stages
 
 # %% ../../nbs/02i_maps.find.ipynb #a78910f1
-def _default(
+def _default_choice(
     found:list, # Anything, in the order of execution
     grids:list, # (H, W) of each
-    n_isotropic:int=4, # How many of a network of one resolution
+    n_isotropic:int=4, # Number of those to take in a network of one resolution
 ) -> list: # Those to tap
-    "The last per resolution; of one resolution alone, `n_isotropic` evenly spaced ones."
+    "The last of `found` per resolution; if all have one resolution, `n_isotropic` evenly spaced ones."
     last = {}
     for f,g in zip(found, grids):
-        last.pop(g, None)
+        last.pop(g, None)  # the order is that of the last ones
         last[g] = f
-    if len(last) > 1 or len(found) <= n_isotropic: return list(last.values()) if len(last) > 1 else found
+    if len(last) > 1: return list(last.values())
+    if len(found) <= n_isotropic: return found
     return [found[-(-(i+1)*len(found)//n_isotropic)-1] for i in range(n_isotropic)]
 
+# %% ../../nbs/02i_maps.find.ipynb #5f880a7d
 _TORCHS_OWN = frozenset(vars(nn.Module()))
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
+_PLANS = {} # cache key -> plan made in this process
 
 def _is_setting(v):
-    "Is `v` a plain value, or a container of them?"
+    "True for a plain value, or a container of them."
     if isinstance(v, (list, tuple, set, frozenset)): return all(map(_is_setting, v))
     if isinstance(v, dict): return all(map(_is_setting, v.values()))
     return v is None or type(v) in (int, float, str, bool)
 
-def _settings(m):
-    "The settings of a module: plain values as they read, functions as they are."
-    own = [(k, v) for k,v in vars(m).items() if k not in _TORCHS_OWN]
-    return repr([(k, v) for k,v in own if _is_setting(v)]), tuple(v for _,v in own if isinstance(v, (types.FunctionType, types.BuiltinFunctionType, type)))
+def _settings(module):
+    "The attributes of a module that its code may depend on: plain values as text, and functions."
+    own = [(k, v) for k,v in vars(module).items() if k not in _TORCHS_OWN]
+    plain = repr([(k, v) for k,v in own if _is_setting(v)])
+    return plain, tuple(v for _,v in own if isinstance(v, _FUNCTIONS))
 
-def _cache_key(root, x, taps):
-    "What a plan depends on: classes of the modules and their code, their settings and the shapes of their weights, not the weights."
-    parts = tuple((n, type(m), getattr(type(m).forward, '__code__', None), *_settings(m), tuple((k, tuple(p.shape)) for k,p in m._parameters.items() if p is not None)) for n,m in root.named_modules())
-    return parts, tuple(x.shape), x.device.type, repr(taps)
+def _module_key(name, module):
+    "All of one module that a plan depends on."
+    code = getattr(type(module).forward, '__code__', None)
+    shapes = tuple((k, tuple(p.shape)) for k,p in module._parameters.items() if p is not None)
+    return name, type(module), code, *_settings(module), shapes
 
-_PLANS = {} # plans made in this process
+def _cache_key(root, taps, x, size):
+    "All that the plan of a network depends on: its modules, the images, and what to tap."
+    modules = tuple(_module_key(n, m) for n,m in root.named_modules())
+    given_size = size if x is None else None
+    if x is None: x = probe_input(root, size)
+    return modules, tuple(x.shape), x.device.type, repr((taps, given_size))
+
+def _can_cache(taps):
+    "True if `taps` are names, or left out: a module in `taps` belongs to one network."
+    if isinstance(taps, (list, tuple)): return all(isinstance(t, str) for t in taps)
+    return taps is None or isinstance(taps, str)
+
+# %% ../../nbs/02i_maps.find.ipynb #b1be1f7c
+def _probe(root, backbone, x, size):
+    "A forward of the network, and the input of timm's network in it, which may be normalised or resized."
+    _,timm_model = find_timm_model(backbone)
+    with nullcontext([]) if timm_model is None else inputs_of(timm_model) as seen:
+        probe = probe_network(root, backbone, x, size)
+    return probe, seen[-1] if seen else probe.x
+
+def _timm_taps(root, prefix, backbone, timm_input, probe, plan):
+    "The verified taps of timm's maps, and a note on those that have none."
+    try:
+        timm = taps_from_intermediates(root, prefix, backbone, timm_input, probe)
+        if timm.taps: timm.taps = verified_taps(timm, plan, root, probe.x)
+    except TapError: raise
+    except FORWARD_ERRORS as e:
+        return TimmTaps(), f"forward_intermediates failed: {str(e).strip() or type(e).__name__}"
+    lost,n = sum(t is None for t in timm.taps),len(timm.taps)
+    return timm, f"{lost} of {n} maps of forward_intermediates are no module's output" if lost else ''
+
+def _guessed_maps(backbone, probe):
+    "Source and maps for a network without usable maps of timm's."
+    if found := maps_from_feature_info(backbone, probe): return 'feature_info', found
+    return 'stages', maps_from_stages(probe)
+
+def _chosen_taps(backbone, probe, timm_taps, every):
+    "Source and taps without names from the user: `every` one, or the default choice."
+    def choice(found, grids): return found if every else _default_choice(found, grids)
+    if timm_taps: return 'forward_intermediates', choice(timm_taps, [t.grid for t in timm_taps])
+    source,found = _guessed_maps(backbone, probe)
+    return source, [make_tap(m, probe) for m in choice(found, [m.layout.grid for m in found])]
+
+def _unique(taps): return list({t.name:t for t in taps if t is not None}.values())
+
+def _find_plan(model, taps, x, size):
+    "The plan of a network, by the sources above."
+    root,(prefix,backbone) = unwrap(model),find_backbone(model)
+    probe,timm_input = _probe(root, backbone, x, size)
+    # fastai calls the parts of a backbone, so its own output is no tap. Users may name modules outside it
+    inside,outside = probe.inside(prefix),probe.outside(prefix)
+    plan = TapPlan(arch_name(backbone), 'forward_intermediates', [], probe.shape)
+    timm,plan.note = _timm_taps(root, prefix, backbone, timm_input, inside, plan)
+    every = isinstance(taps, str) and taps == 'all'
+    if taps is None or every:
+        plan.source,plan.taps = _chosen_taps(backbone, inside, _unique(timm.taps), every)
+    else:
+        both = replace(inside, outputs={**outside.outputs, **inside.outputs})
+        plan.source,plan.taps = 'given',taps_from_names(model, backbone, taps, both, timm.known)
+    if not plan.taps: raise TapError(_no_map_message(plan))
+    if plan.source != 'forward_intermediates': _mark_overwritten(plan, root, probe.x)
+    order = [*inside.outputs, *outside.outputs]
+    plan.taps = sorted(_unique(plan.taps), key=lambda t: order.index(t.hook or t.module))
+    return plan
+
+def _mark_overwritten(plan, root, x):
+    "Set `inplace` of the taps whose maps are overwritten by a later layer."
+    readings = tap_readings(root, plan, x)
+    plan.taps = [replace(t, inplace=readings[t.name].overwritten) for t in plan.taps]
+
+def _no_map_message(plan):
+    h,w = plan.probe[-2:]
+    return (f"{plan.arch} has no module with a map to tap: none returns (B, C, H, W), (B, H, W, C) or "
+            f"(B, tokens, C) that fits an image of {h}x{w}. Name modules with `taps=`.")
 
 # %% ../../nbs/02i_maps.find.ipynb #7abd3d33
+def _is_size(size):
+    "True for an image's side in pixels or a (height, width) pair."
+    def positive(v): return type(v) is int and v > 0
+    if isinstance(size, (tuple, list)): return len(size) == 2 and all(map(positive, size))
+    return positive(size)
+
+def _check_arguments(model, taps, x, size):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; "
+                        "pass `learn.model` of a Learner.")
+    if size is not None and not _is_size(size):
+        raise ValueError(f"size is {size!r}; pass the images' side in pixels, or a (height, width) pair.")
+    if x is not None and not (isinstance(x, torch.Tensor) and x.ndim == 4):
+        found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"x is {found}; pass a batch of images, a tensor (B, C, H, W).")
+    if isinstance(taps, (list, tuple)) and not taps:
+        raise TapError("taps is empty; name at least one module, or leave it out for the default.")
+
 def tap_plan(
     model:nn.Module, # Any network: timm, torchvision, your own; bare or inside a fastai learner
-    taps=None, # Names, wildcards or modules; `'all'` for every map that timm gives; default: the last map per resolution, or four evenly spaced ones
+    taps=None, # Names, wildcards, modules, or `'all'`; default: the last map per resolution, or four of one
     x:torch.Tensor|None=None, # Probe input (B, C, H, W); default: `probe_input(model, size)`
     size:int|tuple|None=None, # Image size of the default probe input, in pixels
-    cache:bool=True, # Use the plan that this process has made for a network of the same modules, settings and weight shapes, and the same image size?
+    cache:bool=True, # Reuse an earlier plan for the same modules, settings, weight shapes, image size
 ) -> TapPlan: # The taps in the order in which they run
-    """Where to tap `model`: by the modules that timm's own maps come from, else by timm's description, else by what a probe input shows.
+    """Which modules of `model` to tap: those of timm's own maps, else those that timm lists, else its stages.
 
-    Runs a few forwards, one of them in training mode; weights, buffers, modes, gradients and random state are as before. Raises `TapError` when a name matches nothing, when a
-    module gives no map, or when the network refuses the image size."""
-    if not isinstance(model, nn.Module): raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass `learn.model` of a Learner.")
-    if size is not None and not (type(size) is int and size > 0 or isinstance(size, (tuple, list)) and len(size) == 2 and all(type(v) is int and v > 0 for v in size)):
-        raise ValueError(f"size is {size!r}; give the images' side in pixels, or a (height, width) pair.")
-    if x is not None and not (isinstance(x, torch.Tensor) and x.ndim == 4): raise TypeError(f"x is {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}; give a batch of images, a tensor (B, C, H, W).")
-    if isinstance(taps, (list, tuple)) and not taps: raise TapError("taps is empty; name at least one module, or leave it out for the default.")
-    with torch.inference_mode(False):  # its tensors have neither graph nor count of writes
-        return _plan(model, taps, x if x is None or not x.is_inference() else x.clone(), size, cache)
+    `'all'` stands for every map of the source, such as all of timm's maps.
 
-def _plan(model, taps, x, size, cache):
-    root,(prefix,backbone) = unwrap(model),find_backbone(model)
-    key = None
-    if cache and (taps is None or isinstance(taps, str) or isinstance(taps, (list, tuple)) and all(isinstance(t, str) for t in taps)):
-        shape = x if x is not None else probe_input(root, size)
-        key = _cache_key(root, shape, (taps, size if x is None else None))
-        if key in _PLANS: return replace(_PLANS[key], taps=list(_PLANS[key].taps))
-    # timm's network may be handed something else than x: normalised, or resized
-    timm_model = timm_module(backbone)[1]
-    with nullcontext([]) if timm_model is None else inputs_of(timm_model) as fed: x,fired,layers = probe(root, backbone, x, size)
-    image = tuple(x.shape[-2:])
-    # Names inside the backbone; the backbone's own output is not a tap, since fastai calls its parts. What lies outside it can be asked for by name
-    outside = {n:f for n,f in fired.items() if prefix and not (n + '.').startswith(prefix + '.') and not prefix.startswith(n + '.')}
-    fired = {n.removeprefix(prefix + '.') if prefix else n:f for n,f in fired.items() if n.startswith(prefix + '.' if prefix else '')}
-    plan = TapPlan(arch_name(backbone), 'forward_intermediates', [], tuple(x.shape))
-    try:
-        timm_taps,maps,known = taps_from_intermediates(root, prefix + '.' if prefix else '', backbone, x, fed[-1] if fed else x, fired, layers)
-        if timm_taps: timm_taps = verified_taps(timm_taps, maps, plan, root, x)
-        if lost := sum(t is None for t in timm_taps): plan.note = f"{lost} of {len(timm_taps)} maps of forward_intermediates are no module's output"
-    except TapError: raise
-    except FORWARD_ERRORS as e: timm_taps,known,plan.note = [],{},f"forward_intermediates failed: {str(e).strip() or type(e).__name__}"
-    good = list({t.name:t for t in timm_taps if t}.values())
-    if taps is None or isinstance(taps, str) and taps == 'all':
-        if good: plan.taps = good if taps else _default(good, [t.grid for t in good])
-        else:
-            for plan.source,found in (('feature_info', from_feature_info(backbone, fired, tuple(x.shape))), ('stages', from_stages(fired, tuple(x.shape)))):
-                if found: break
-            found = found if taps else _default(found, [g[3] for _,_,g in found])
-            plan.taps = [make_tap(n, e, layout, p, (), c, grid, fired, layers) for n,e,(layout,p,c,grid) in found]
-    else: plan.source,plan.taps = 'given',taps_from_names(model, backbone, taps, {**outside, **fired}, layers, tuple(x.shape), known)
-    if not plan.taps: raise TapError(f"{plan.arch} has no module with a map to tap: none gives (B, C, H, W), (B, H, W, C) or (B, tokens, C) that fits an image of {image[0]}x{image[1]}. "
-                                     "Name modules with `taps=`.")
-    if plan.source != 'forward_intermediates':
-        seen = read_taps(root, plan, x)
-        plan.taps = [replace(t, inplace=seen[t.name][1]) for t in plan.taps]
-    order = [*fired, *outside]
-    plan.taps = sorted({t.name:t for t in plan.taps}.values(), key=lambda t: order.index(t.hook or t.module))
-    if key is not None: _PLANS[key] = replace(plan, taps=list(plan.taps))
-    return plan
+    Runs a few forwards, one of them in training mode; weights, buffers, modes, gradients and random state stay
+    as they were. Raises `TapError` if a name matches nothing, if a module returns no map, or if the network
+    refuses the image size."""
+    _check_arguments(model, taps, x, size)
+    with torch.inference_mode(False):  # tensors made in that mode have neither a graph nor a count of writes
+        if x is not None and x.is_inference(): x = x.clone()
+        if not (cache and _can_cache(taps)): return _find_plan(model, taps, x, size)
+        key = _cache_key(unwrap(model), taps, x, size)
+        if key not in _PLANS: _PLANS[key] = _find_plan(model, taps, x, size)
+        return replace(_PLANS[key], taps=list(_PLANS[key].taps))

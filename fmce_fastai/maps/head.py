@@ -13,48 +13,68 @@ from torch import nn
 
 from ..util.state import quiet_eval
 from .plan import TapError
-from .probe import probe
+from .probe import probe_network
 
 # %% ../../nbs/02k_maps.head.ipynb #3eedcc75
+# Form of a body's output -> dimension of its channels
+_CHANNEL_DIM = dict(NC=1, NLC=2, NHWC=3, NCHW=1)
+
 class ChannelsFirst(nn.Module):
-    "A body's output in the form that fastai's head reads."
+    "Brings a body's output into the form that fastai's head reads."
     def __init__(self,
         layout:str, # `NCHW`, `NHWC`, `NLC` or `NC` (a vector per image)
     ):
         super().__init__()
         self.layout = layout
+
     def forward(self, x):
         if self.layout == 'NHWC': return x.permute(0, 3, 1, 2)
         return x.transpose(1, 2)[...,None] if self.layout == 'NLC' else x
+
     def extra_repr(self): return f"from {self.layout}"
+
+def _body_layout(shape, timm_model):
+    "The form of a body's output of `shape` with timm's `num_features` channels; None if it has none of them."
+    n = timm_model.num_features
+    if len(shape) == 4:
+        # If both dimensions have the size of the channels, timm's own attribute decides
+        nhwc = shape[3] == n and (shape[1] != n or getattr(timm_model, 'output_fmt', '') == 'NHWC')
+        layout = 'NHWC' if nhwc else 'NCHW'
+    else: layout = {2:'NC', 3:'NLC'}.get(len(shape))
+    return layout if layout and shape[_CHANNEL_DIM[layout]] == n else None
 
 def timm_head(
     arch:str, # A timm name
     n_out:int, # Classes, or other outputs
-    n_in:int=3, # Image channels, as `vision_learner` gets them
+    n_in:int=3, # Image channels, as in `vision_learner`
     concat_pool:bool=True, # Pool by average and maximum, else by average alone
     lin_ftrs:list|None=None, # Sizes of the hidden layers; default [512]
     ps=0.5, # Dropout, one probability or one per layer
-    first_bn:bool=True, # Batch norm before the first layer?
-    bn_final:bool=False, # Batch norm after the last layer?
-    lin_first:bool=False, # Layers start with the linear one?
+    first_bn:bool=True, # Batch norm before the first layer
+    bn_final:bool=False, # Batch norm after the last layer
+    lin_first:bool=False, # In each layer, the linear part comes first
     y_range:tuple|None=None, # Range of a sigmoid at the end
-    **kwargs, # For `timm.create_model`, as `vision_learner` gets them, e.g. `img_size`
+    **kwargs, # For `timm.create_model`, as in `vision_learner`, e.g. `img_size`
 ) -> nn.Sequential: # For `vision_learner(..., custom_head=)`
     """fastai's head for the body that `vision_learner` makes of `arch`, whatever the layout of its output.
 
-    Raises `TapError` for an output in no known layout, or for an `arch` that does not run on its own image size."""
+    Raises `TapError` for an output in no known layout, or if `arch` does not run on its own image size."""
     import timm
     from fastai.vision.learner import TimmBody, create_head
-    with torch.device('meta'): body = TimmBody(timm.create_model(arch, pretrained=False, num_classes=0, in_chans=n_in, **kwargs), False, None, n_in)
-    x,_,_ = probe(body, body.model, None, None)
+    with torch.device('meta'):
+        timm_model = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=n_in, **kwargs)
+        body = TimmBody(timm_model, False, None, n_in)
+    x = probe_network(body, body.model, None, None).x
     with quiet_eval(body): out = body(x)
-    nf,shape = body.model.num_features,tuple(out.shape) if isinstance(out, torch.Tensor) else ()
-    nhwc = len(shape) == 4 and shape[3] == nf and (shape[1] != nf or getattr(body.model, 'output_fmt', '') == 'NHWC')
-    layout = {2:'NC', 3:'NLC', 4:'NHWC' if nhwc else 'NCHW'}.get(len(shape))
-    if layout is None or shape[{'NC':1, 'NLC':2, 'NHWC':3, 'NCHW':1}[layout]] != nf:
-        raise TapError(f"The body of {arch} gives {shape or type(out).__name__}; a head reads (B, {nf}), (B, L, {nf}), (B, H, W, {nf}) or (B, {nf}, H, W). Write a custom_head for it.")
-    return nn.Sequential(ChannelsFirst(layout), *create_head(nf, n_out, lin_ftrs, ps, pool=layout != 'NC', concat_pool=concat_pool, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range))
+    shape = tuple(out.shape) if isinstance(out, torch.Tensor) else ()
+    layout,nf = _body_layout(shape, body.model),body.model.num_features
+    if layout is None:
+        raise TapError(
+            f"The body of {arch} returns {shape or type(out).__name__}; a head reads (B, {nf}), "
+            f"(B, L, {nf}), (B, H, W, {nf}) or (B, {nf}, H, W). Write a custom_head for it.")
+    head = create_head(nf, n_out, lin_ftrs, ps, pool=layout != 'NC', concat_pool=concat_pool,
+                       first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range)
+    return nn.Sequential(ChannelsFirst(layout), *head)
 
 # %% ../../nbs/02k_maps.head.ipynb #f6e53059
 def image_size_kwargs(
@@ -63,13 +83,17 @@ def image_size_kwargs(
     n_in:int=3, # Image channels
     **kwargs, # More for `timm.create_model`
 ) -> dict: # `{}`, or `{'img_size': size}`
-    "What to give `timm.create_model`, or `vision_learner`, so that `arch` takes images of `size`. Raises `TapError` if it does not in either way."
+    """What to pass to `timm.create_model`, or `vision_learner`, so that `arch` accepts images of `size`.
+
+    Raises `TapError` if it accepts them in neither way."""
     import timm
     first = None
     for extra in ({}, dict(img_size=size)):
         try:
-            with torch.device('meta'): model = timm.create_model(arch, pretrained=False, num_classes=2, in_chans=n_in, **extra, **kwargs)
-            probe(model, model, None, size)
+            with torch.device('meta'):
+                kind = dict(num_classes=2, in_chans=n_in)
+                model = timm.create_model(arch, pretrained=False, **kind, **extra, **kwargs)
+            probe_network(model, model, None, size)
             return extra
         except Exception as e: first = first or e
     if isinstance(first, TapError): raise first

@@ -1,4 +1,4 @@
-"""What is kept of a feature map
+"""Feature maps pooled to at most 7x7
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/maps.pool.html.md"""
 
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 MAX_GRID = 7
 
 def pooled_grid(
-    h:int, w:int, # Height and width of a map
+    h:int, # Height of a map
+    w:int, # Width of a map
     max_grid:int=MAX_GRID, # Largest height and width after pooling
-) -> tuple: # (k_h, k_w, h, w): the block, and the grid after pooling
-    "By which blocks `pool_map` averages, and the grid that is left."
+) -> tuple: # (k_h, k_w, h, w): size of a block, and size of the map after pooling
+    "The blocks that `pool_map` averages over, and the size of the pooled map."
     kh,kw = -(-h//max_grid),-(-w//max_grid)
     return kh, kw, -(-h//kh), -(-w//kw)
 
@@ -26,7 +27,8 @@ def pool_map(
     fmap:torch.Tensor, # (B, C, H, W)
     max_grid:int=MAX_GRID, # Largest height and width after pooling
 ) -> torch.Tensor: # (B, C, h, w), h and w at most `max_grid`, float32
-    "The map averaged over the smallest blocks that leave at most `max_grid` x `max_grid`; blocks at the edge may be smaller."
+    "The mean over the smallest blocks that leave at most `max_grid` x `max_grid`; smaller ones at the edge."
     kh,kw,_,_ = pooled_grid(*fmap.shape[-2:], max_grid)
     fmap = fmap.float()
-    return fmap if kh == kw == 1 else F.avg_pool2d(fmap, (kh, kw), ceil_mode=True, count_include_pad=False)
+    if kh == kw == 1: return fmap
+    return F.avg_pool2d(fmap, (kh, kw), ceil_mode=True, count_include_pad=False)

@@ -9,62 +9,99 @@ __all__ = ['judge_scores', 'marker_rows', 'is_degraded', 'groups_of', 'judge_lef
 
 # %% ../../nbs/08f_pretrain.judge.ipynb #14c4c223
 import numpy as np
+import pandas as pd
 import torch
 
 from ..oracle.dataset import MODES
-from .features import absolute_progress, run_labels
 from .fit import train_universal
+from .labels import absolute_progress, run_labels
 
 # %% ../../nbs/08f_pretrain.judge.ipynb #7cc80155
 @torch.no_grad()
-def judge_scores(oracle, table, run):
-    "(rows, M) mean score over the recorded images as one batch: `labelled`, `free`; and debiased alignment `cka_means`, `cka_map`."
+def judge_scores(
+    oracle, # From `train_universal`
+    table, # From `tabulate`
+    run, # One of `read_runs`
+) -> dict: # `labelled`, `free`, `cka_means`, `cka_map`: (rows, M) each
+    "Mean score of all recorded images as one batch; and debiased alignment of the two Gram matrices."
     depth = torch.tensor([t['depth'] for t in run['taps']])[:,None,None]
     out = {k:[] for k in ('labelled', 'free', 'cka_means', 'cka_map')}
+    def mean_score(logits, valid):
+        scores = logits.softmax(-1) @ oracle.levels
+        return scores[:,:,valid].mean(-1).numpy()
     for f in table['judge']:
         s,m,q = f['lab'].shape[:3]
         d = depth.expand(m, q, 1)[None].expand(s, m, q, 1)
-        mean = lambda logits, ok: (logits.softmax(-1) @ oracle.levels)[:,:,ok].mean(-1).numpy()
-        out['labelled'].append(mean(oracle.labelled(f['lab'].float(), d), f['has']))
-        out['free'].append(mean(oracle.free_logits(f['free'].float(), d), torch.ones(q, dtype=torch.bool)))
+        all_images = torch.ones(q, dtype=torch.bool)
+        out['labelled'].append(mean_score(oracle.labelled(f['lab'].float(), d), f['has']))
+        out['free'].append(mean_score(oracle.free_logits(f['free'].float(), d), all_images))
         out['cka_means'].append(f['cka'][...,0].numpy())
         out['cka_map'].append(f['cka'][...,1].numpy())
     return {k:np.mean(v, 0) for k,v in out.items()}
 
-def marker_rows(progress, rows, n_levels=11):
-    "Numbers of the rows that first reach each of the levels, up to convergence."
-    found = [int(hit[0]) for k in range(n_levels) if len(hit := np.where(progress[rows] >= k/(n_levels-1) - 1e-9)[0])]
-    return np.array(rows)[sorted(set(found))]
+def marker_rows(
+    progress, # (rows,) in [0, 1]
+    rows, # Numbers of the rows to look at, in order of time
+    n_levels=11, # Number of score levels
+) -> np.ndarray: # At most `n_levels` of `rows`
+    "The rows that first reach each of the levels."
+    reached = [np.where(progress[rows] >= k/(n_levels-1) - 1e-9)[0] for k in range(n_levels)]
+    return np.array(rows)[sorted({int(hit[0]) for hit in reached if len(hit)})]
 
-def is_degraded(run): return bool(run['run']['noise'] or run['run']['frozen'] or run['run']['lr'] > 1)
+def _rho(scores, progress):
+    "Spearman's rho; NaN for fewer than five snapshots, 0 for a constant score."
+    if len(scores) < 5: return np.nan
+    rho = pd.Series(scores).corr(pd.Series(progress), method='spearman')
+    return rho if np.isfinite(rho) else 0.
 
-def groups_of(run, by):
-    "Its family, source or task; then those that it was fine-tuned from."
+def _snapshots(run, mode):
+    "Numbers of the rows in `mode`, without re-initialised stages."
+    return [j for j,row in enumerate(run['rows']) if row['kind'] == 'fit' and row['mode'] == mode]
+
+def _judged_rows(oracle, table, run, progress):
+    "One row per score, mode and module of a run."
+    labels = run_labels(run, progress)
+    last = len(run['taps']) - 1
+    for score,values in judge_scores(oracle, table, run).items():
+        for mode in MODES:
+            rows = _snapshots(run, mode)
+            marks = marker_rows(progress, rows)
+            for m,tap in enumerate(run['taps']):
+                error = np.abs(values[rows,m] - labels[rows,m])
+                mae = np.nan if score.startswith('cka') else float(np.nanmean(error))
+                rho = _rho(values[marks,m], progress[marks])
+                yield dict(module=tap['name'], depth=round(tap['depth'], 3), last=m == last, mode=mode,
+                           score=score, rho=rho, markers=len(marks), mae=mae)
+
+# %% ../../nbs/08f_pretrain.judge.ipynb #39543915
+def is_degraded(run) -> bool:
+    "True for a run with random labels, frozen stages or a far too high learning rate."
+    return bool(run['run']['noise'] or run['run']['frozen'] or run['run']['lr'] > 1)
+
+def groups_of(
+    run, # One of `read_runs`
+    by:str, # `family`, `source` or `task`
+) -> list: # Of names
+    "The run's family, source or task; then that of the run that it was fine-tuned from."
     if by == 'family': return [run['family']]
-    before = [run['run']['tune_from'].split('/')[('source', 'task').index(by)]] if run['run']['tune_from'] else []
-    return [run['run'][by], *before]
+    before = run['run']['tune_from']
+    return [run['run'][by], *([before.split('/')[('source', 'task').index(by)]] if before else [])]
 
 def judge_left_out(
-    tables:dict, runs:dict,
-    by:str='family', # `family`, `source` or `task`: what is left out, one after the other
+    tables:dict, # Run name -> from `tabulate`
+    runs:dict, # From `read_runs`
+    by:str='family', # What is left out, one after the other: `family`, `source` or `task`
     **kwargs, # For `train_universal`
-): # DataFrame: left_out, run, module, depth, mode, score, rho, mae, markers
-    "Leave one group of runs out, train on the others, judge on it."
-    import pandas as pd
-    group = {n:groups_of(r, by) for n,r in runs.items()}
-    progress,table = absolute_progress(runs),[]
-    for left in sorted({g[0] for g in group.values()}):
-        oracle = train_universal(tables, runs, [n for n in runs if left not in group[n]], **kwargs)
-        for name in (n for n in runs if group[n][0] == left):
-            r,labels = runs[name],run_labels(runs[name], progress[name])
-            for kind,scores in judge_scores(oracle, tables[name], r).items():
-                for mode in MODES:
-                    rows = [j for j,row in enumerate(r['rows']) if row['kind'] == 'fit' and row['mode'] == mode]
-                    marks = marker_rows(progress[name], rows)
-                    for m,tap in enumerate(r['taps']):
-                        s = scores[marks,m]
-                        rho = pd.Series(s).corr(pd.Series(progress[name][marks]), method='spearman') if len(marks) >= 5 else np.nan
-                        if len(marks) >= 5 and not np.isfinite(rho): rho = 0.  # a score that never moves
-                        table.append(dict(left_out=left, run=name, arch=r['run']['arch'], spoilt=is_degraded(r), module=tap['name'], depth=round(tap['depth'], 3), last=m == len(r['taps'])-1, mode=mode, score=kind,
-                                          rho=rho, markers=len(marks), mae=np.nan if kind.startswith('cka') else float(np.nanmean(np.abs(scores[rows,m] - labels[rows,m])))))
+) -> pd.DataFrame: # left_out, run, arch, spoilt, module, depth, last, mode, score, rho, markers, mae
+    "Train without one group of runs and judge on it, for every group."
+    groups = {n:groups_of(r, by) for n,r in runs.items()}
+    progress = absolute_progress(runs)
+    table = []
+    for left in sorted({g[0] for g in groups.values()}):
+        oracle = train_universal(tables, runs, [n for n in runs if left not in groups[n]], **kwargs)
+        for name in (n for n in runs if groups[n][0] == left):
+            run = runs[name]
+            about = dict(left_out=left, run=name, arch=run['run']['arch'], spoilt=is_degraded(run))
+            rows = _judged_rows(oracle, tables[name], run, progress[name])
+            table += [{**about, **row} for row in rows]
     return pd.DataFrame(table)

@@ -1,4 +1,4 @@
-"""Everything at once: how the shipped oracle was made
+"""How the shipped oracle was made, from start to end
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/pretrain.make.html.md"""
 
@@ -19,47 +19,67 @@ from ..util.processes import run_in_processes
 from ..oracle.universal import UniversalFMCENet
 from .tasks import SOURCES
 from .networks import ARCHS
-from .record import make_runs, record_run
-from .features import read_runs, read_tables, tabulate
+from .runs import make_runs
+from .record import record_run
+from .labels import read_runs
+from .features import read_tables, tabulate
 from .fit import train_universal
 from .judge import groups_of
 
 # %% ../../nbs/08g_pretrain.make.ipynb #beb7cbd7
+_NEVER_SEEN = ('photographs; colours other than random ones; images of more than 32x32 pixels; '
+               'networks of more than 5 million weights; more than 100 classes; '
+               'pretraining on ImageNet; any test or validation image')
+
+def seen_by(
+    runs:dict, # From `read_runs`: those that it was trained on
+) -> dict: # For the oracle's card
+    "What an oracle trained on `runs` has seen, and what never."
+    sources = {r['run']['source'] for r in runs.values()}
+    sources |= {r['run']['tune_from'].split('/')[0] for r in runs.values() if r['run']['tune_from']}
+    never = [_NEVER_SEEN, *(f"{s} images" for s in SOURCES if s not in sources)]
+    return dict(families=sorted({r['family'] for r in runs.values()}),
+                networks=sorted({r['run']['arch'] for r in runs.values()}),
+                sources=sorted(sources), tasks=sorted({r['run']['task'] for r in runs.values()}),
+                runs=len(runs), never='; '.join(never))
+
+# %% ../../nbs/08g_pretrain.make.ipynb #30379471
 def _tabulate_to(folder, name):
+    "Write the table of a run to `<name>.pt`."
     folder = Path(folder)
     with atomic_write(folder/f'{name}.pt') as part: torch.save(tabulate(folder, name), part)
 
-def seen_by(
-    runs:dict, # From `read_runs`, those that it was trained on
-) -> dict: # For an oracle's card
-    "What an oracle trained on `runs` has seen, and what never."
-    pick = lambda f: sorted({f(r) for r in runs.values()})
-    sources = {r['run']['source'] for r in runs.values()} | {r['run']['tune_from'].split('/')[0] for r in runs.values() if r['run']['tune_from']}
-    return dict(families=pick(lambda r: r['family']), networks=pick(lambda r: r['run']['arch']), sources=sorted(sources), tasks=pick(lambda r: r['run']['task']), runs=len(runs),
-                never='; '.join(["photographs; colours other than random ones; images of more than 32x32 pixels; networks of more than 5 million weights; more than 100 classes; pretraining on ImageNet; any test or validation image",
-                                 *(f"{s} images" for s in SOURCES if s not in sources)]))
+def _record_missing(out, runs, jobs, bar):
+    "Record and tabulate what is missing in `out`; returns all runs recorded there."
+    todo = [(r, str(out)) for r in runs if not (out/f'{r.name}.json').exists()]
+    run_in_processes(record_run, jobs, todo, 'runs', bar, threads=1)
+    recorded = read_runs(out)
+    todo = [(str(out), n) for n in recorded if not (out/f'{n}.pt').exists()]
+    run_in_processes(_tabulate_to, jobs, todo, 'features', bar, threads=1)
+    return recorded
 
 def pretrain(
     out, # Folder for runs and results
     archs=tuple(ARCHS), # Which networks
-    root='/usr/share/datasets/fashion-mnist', # Where FashionMNIST's training files are
+    root='/usr/share/datasets/fashion-mnist', # Folder of FashionMNIST's training files
     seed:int=0, # Decides the runs and the oracle
     jobs:int|None=None, # Processes; default: one per core
     leave_out:str='', # A source of images that the oracle is not to see
     bar:bool=True, # Show progress
-    **common, # For every `Run`
-) -> UniversalFMCENet: # Frozen; also in `out`
+    **common, # Settings of every `Run`
+) -> UniversalFMCENet: # Frozen; also saved in `out`
     "Record every run that is missing, tabulate it, train a universal oracle and save it to `out`."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     jobs = jobs or os.cpu_count() or 1
-    todo = [r for r in make_runs(archs, seed, root=str(root), **common) if not (out/f'{r.name}.json').exists()]
-    run_in_processes(record_run, jobs, [(r, str(out)) for r in todo], 'runs', bar, threads=1)
-    runs = read_runs(out)
-    run_in_processes(_tabulate_to, jobs, [(str(out), n) for n in runs if not (out/f'{n}.pt').exists()], 'features', bar, threads=1)
+    runs = _record_missing(out, make_runs(archs, seed, root=str(root), **common), jobs, bar)
     seen = {n:r for n,r in runs.items() if leave_out not in groups_of(r, 'source')}
-    if not seen: raise ValueError(f"leave_out={leave_out!r} leaves no run to train on; sources are {', '.join(SOURCES)}.")
+    if not seen:
+        sources = ', '.join(SOURCES)
+        raise ValueError(f"leave_out={leave_out!r} leaves no run to train on; sources are {sources}.")
     oracle = train_universal(read_tables(out, seen), runs, list(seen), seed)
-    oracle.card = dict(data=seen_by(seen), fit=dict(seed=seed, version=__version__, torch=torch.__version__))
-    oracle.save(out/(f'universal_without_{leave_out}.safetensors' if leave_out else 'universal.safetensors'))
+    how = dict(seed=seed, version=__version__, torch=torch.__version__)
+    oracle.card = dict(data=seen_by(seen), fit=how)
+    name = f'universal_without_{leave_out}' if leave_out else 'universal'
+    oracle.save(out/f'{name}.safetensors')
     return oracle

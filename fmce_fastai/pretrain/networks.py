@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 # %% ../../nbs/08b_pretrain.networks.ipynb #c1f33561
-ARCHS = {  # name: (family, constructor, arguments); all take 32x32 images
+# name: (timm's family, constructor, its arguments); all of them take images of 32x32 pixels
+ARCHS = {
     'test_resnet':('resnet', 'test_resnet', {}),
     'resnet10t':('resnet', 'resnet10t', {}),
     'test_efficientnet':('efficientnet', 'test_efficientnet', {}),
@@ -25,25 +26,31 @@ ARCHS = {  # name: (family, constructor, arguments); all take 32x32 images
     'test_convnext2':('convnext', 'test_convnext2', {}),
     'test_nfnet':('nfnet', 'test_nfnet', {}),
     'test_mambaout':('mambaout', 'test_mambaout', {}),
-    'vit':('vision_transformer', 'deit_tiny_patch16_224', dict(img_size=32, patch_size=8, embed_dim=96, depth=6, num_heads=3)),
-    'swin':('swin_transformer', 'swin_tiny_patch4_window7_224', dict(img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(1,1,2,1), num_heads=(2,2,4,4))),
+    'vit':('vision_transformer', 'deit_tiny_patch16_224',
+           dict(img_size=32, patch_size=8, embed_dim=96, depth=6, num_heads=3)),
+    'swin':('swin_transformer', 'swin_tiny_patch4_window7_224',
+            dict(img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(1,1,2,1),
+                 num_heads=(2,2,4,4))),
     'edgenext':('edgenext', 'edgenext_xx_small', dict(dims=(16,24,48,96), depths=(1,1,3,1))),
     'densenet':('densenet', 'densenet121', dict(growth_rate=12, block_config=(2,2,4,4))),
     'xcit':('xcit', 'xcit_nano_12_p8_224', dict(img_size=32, embed_dim=64, depth=4, num_heads=4)),
     'lcnet':('mobilenetv3', 'lcnet_035', {}),
     'cspnet':('cspnet', 'cs3darknet_focus_s', {}),
     'regnet':('regnet', 'regnetx_002', {}),
-    'mixer':('mlp_mixer', 'timm.models.mlp_mixer.MlpMixer', dict(img_size=32, patch_size=4, num_blocks=6, embed_dim=96)),
-    'convmixer':('convmixer', 'timm.models.convmixer.ConvMixer', dict(dim=64, depth=6, kernel_size=5, patch_size=4)),
-    'poolformer':('metaformer', 'timm.models.metaformer.MetaFormer', dict(dims=(24,48,96,160), depths=(1,1,2,1))),
+    'mixer':('mlp_mixer', 'timm.models.mlp_mixer.MlpMixer',
+             dict(img_size=32, patch_size=4, num_blocks=6, embed_dim=96)),
+    'convmixer':('convmixer', 'timm.models.convmixer.ConvMixer',
+                 dict(dim=64, depth=6, kernel_size=5, patch_size=4)),
+    'poolformer':('metaformer', 'timm.models.metaformer.MetaFormer',
+                  dict(dims=(24,48,96,160), depths=(1,1,2,1))),
 }
 
 def build(
     arch:str, # A key of `ARCHS`
-    n_out:int, # Classes
+    n_out:int, # Number of classes
     seed:int=0, # For the weights
-) -> nn.Module:
-    "One of the small networks, with random weights."
+) -> nn.Module: # With random weights
+    "One of the small networks. The global random state is left as it was."
     import timm
     _,name,kwargs = ARCHS[arch]
     with torch.random.fork_rng(devices=[]):

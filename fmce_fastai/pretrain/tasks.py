@@ -1,4 +1,4 @@
-"""The tasks that the universal oracle learns from
+"""The classification tasks that the universal oracle learns from
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/pretrain.tasks.html.md"""
 
@@ -8,105 +8,77 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/pretrain.tasks.html.md"""
 __all__ = ['SOURCES', 'TASKS', 'make_task']
 
 # %% ../../nbs/08a_pretrain.tasks.ipynb #b66b7862
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .images import digits_images, fashion_images, shape_images, texture_images
+
+# %% ../../nbs/08a_pretrain.tasks.ipynb #f99dca83
+def _coarse(x, y, n_classes, n, rng):
+    "Two to five groups of classes."
+    n_groups = int(rng.integers(2, min(6, n_classes)))
+    group = torch.from_numpy(rng.permutation(np.arange(n_classes) % n_groups))
+    return x, group[y], n_groups
+
+def _imbalanced(x, y, n_classes, n, rng):
+    "Class frequencies in geometric steps from 1 down to 0.08, in random order."
+    share = torch.from_numpy(np.geomspace(1, .08, n_classes)[rng.permutation(n_classes)])
+    keep = torch.from_numpy(rng.random(len(y))) < share[y]
+    return x[keep][:n], y[keep][:n], n_classes
+
+def _rotation(x, y, n_classes, n, rng):
+    "The class is the number of quarter turns."
+    turns = torch.from_numpy(rng.integers(0, 4, len(x)))
+    return torch.stack([torch.rot90(im, int(t), (1, 2)) for im,t in zip(x, turns)]), turns, 4
+
+def _mosaic(x, y, n_classes, n, rng):
+    "Two images side by side, of the first ten classes; the class is the ordered pair of theirs."
+    other = torch.from_numpy(rng.permutation(len(x)))
+    n_used = min(n_classes, 10)
+    used = (y < n_used) & (y[other] < n_used)
+    h,w = x.shape[-2:]
+    half = F.interpolate(x, size=(h, w//2), mode='bilinear', align_corners=False, antialias=True)
+    return torch.cat([half, half[other]], 3)[used], (y*n_used + y[other])[used], n_used*n_used
+
+_VARIATIONS = dict(coarse=_coarse, imbalanced=_imbalanced, rotation=_rotation, mosaic=_mosaic)
+
+def _coloured(x, rng):
+    "`x` (N, 3, H, W) as the opacity of a random colour over a smooth random background."
+    size = x.shape[-2:]
+    background = torch.from_numpy(rng.random((len(x), 3, 4, 4)).astype(np.float32))
+    background = F.interpolate(background, size=size, mode='bilinear', align_corners=False)
+    colour = torch.from_numpy(rng.random((len(x), 3, 1, 1)).astype(np.float32))
+    return background*(1-x)*.7 + colour*x
+
 # %% ../../nbs/08a_pretrain.tasks.ipynb #006fe03d
-def _digits():
-    from sklearn.datasets import load_digits
-    from fmce_fastai.data.digits import digits_split
-    data = load_digits()
-    train,_,_ = digits_split(data.target)
-    x = torch.from_numpy((data.images[train]/16.).astype(np.float32))[:,None]
-    return x, torch.from_numpy(data.target[train].astype(np.int64))
-
-def _fashion(root):
-    from fmce_fastai.data.torchvision import idx_folder, read_idx
-    folder = idx_folder(Path(root), 'FashionMNIST')
-    x,y = (read_idx(folder, 'training', kind)[0] for kind in ('images', 'labels'))
-    return x[:50_000,None].float()/255, y[:50_000].long()  # the last sixth is `fashion_mnist_dls`'s validation split
-
-def _textures(n, size, rng):
-    "Oriented gratings, plaids, rings and speckles of two scales: 16 classes, in random phase, contrast and colour."
-    y = rng.integers(0, 16, n)
-    r,c = np.meshgrid(np.linspace(-1, 1, size), np.linspace(-1, 1, size), indexing='ij')
-    out = np.empty((n, size, size), np.float32)
-    for i,k in enumerate(y):
-        kind,scale = divmod(int(k), 2)
-        f = (4., 8.)[scale]*np.pi/2*rng.uniform(.85, 1.15)
-        wave = lambda a: np.sin(f*(np.cos(a)*r + np.sin(a)*c) + rng.uniform(0, 2*np.pi))
-        jitter = rng.normal(0, .08)
-        if kind < 4: g = wave(kind*np.pi/4 + jitter)
-        elif kind == 4: g = wave(jitter)*wave(np.pi/2 + jitter)
-        elif kind == 5: g = np.sin(f*np.hypot(r - rng.uniform(-.4, .4), c - rng.uniform(-.4, .4)))
-        elif kind == 6: g = np.sign(wave(jitter)*wave(np.pi/2 + jitter))
-        else:
-            m = int((6, 12)[scale])
-            g = F.interpolate(torch.from_numpy(rng.normal(0, 1, (1, 1, m, m))), size=(size, size), mode='bilinear', align_corners=False)[0,0].numpy()
-        out[i] = .5 + .5*rng.uniform(.5, 1)*g/max(np.abs(g).max(), 1e-6) + rng.normal(0, .12, (size, size))
-    return torch.from_numpy(out.clip(0, 1))[:,None], torch.from_numpy(y)
-
-def _shapes(n, size, rng):
-    "Filled discs, squares, triangles, crosses, rings, stars and bars at random places, sizes and turns: 8 classes."
-    y = rng.integers(0, 8, n)
-    r0,c0 = np.meshgrid(np.linspace(-1, 1, size), np.linspace(-1, 1, size), indexing='ij')
-    out = np.empty((n, size, size), np.float32)
-    for i,k in enumerate(y):
-        a,s = rng.uniform(-.5, .5),rng.uniform(.3, .6)
-        r,c = r0 - rng.uniform(-.35, .35),c0 - rng.uniform(-.35, .35)
-        u,v = (np.cos(a)*r + np.sin(a)*c)/s,(-np.sin(a)*r + np.cos(a)*c)/s
-        d,t = np.hypot(u, v),np.arctan2(v, u)
-        mask = [d < 1, np.maximum(abs(u), abs(v)) < .9, (u < .7) & (u > -1 + 1.8*abs(v)), ((abs(u) < .3) | (abs(v) < .3)) & (np.maximum(abs(u), abs(v)) < 1),
-                (d < 1) & (d > .6), d < .6 + .4*np.cos(5*t), abs(u) < .3, (abs(u - .55) < .25) | (abs(u + .55) < .25)][k]
-        if k >= 6: mask = mask & (abs(v) < 1)
-        out[i] = .5*rng.uniform(0, .6) + mask*rng.uniform(.35, .6)
-        out[i] += rng.normal(0, rng.uniform(.03, .15), (size, size))
-    return torch.from_numpy(out.clip(0, 1))[:,None], torch.from_numpy(y)
-
 SOURCES = ('fashion', 'digits', 'textures', 'shapes')
 TASKS = ('plain', 'coarse', 'imbalanced', 'rotation', 'mosaic', 'coloured')
+
+def _source_images(source, n, size, rng, root):
+    "At most `n` images (n, 1, size, size) of `source`, and their labels."
+    if source == 'textures': return texture_images(n, size, rng)
+    if source == 'shapes': return shape_images(n, size, rng)
+    x,y = digits_images() if source == 'digits' else fashion_images(root)
+    keep = torch.from_numpy(rng.permutation(len(x))[:min(len(x), n)])
+    x = F.interpolate(x[keep], size=(size, size), mode='bilinear', align_corners=False, antialias=True)
+    return x, y[keep]
 
 def make_task(
     source:str, # One of `SOURCES`
     task:str, # One of `TASKS`
-    n:int, # Training images wanted; fewer where the source has fewer
+    n:int, # Training images requested; fewer where the source has fewer
     size:int, # Side in pixels
-    seed:int, # Which images, groups, colours
-    root='/usr/share/datasets/fashion-mnist', # Where FashionMNIST's training files are
-) -> tuple: # Images (N, 3, size, size) float32, normalised; labels (N,); number of classes
-    "One classification task over training images."
+    seed:int, # Decides images, groups, colours
+    root='/usr/share/datasets/fashion-mnist', # Folder of FashionMNIST's training files
+) -> tuple: # Images (N, 3, size, size), float32; labels (N,); number of classes
+    "One classification task over training images. Channels have mean 0 and standard deviation 1."
     rng = np.random.default_rng([seed, SOURCES.index(source), TASKS.index(task)])
-    if source in ('textures', 'shapes'): x,y = (_textures if source == 'textures' else _shapes)(2*n if task == 'imbalanced' else n, size, rng)
-    else:
-        x,y = _digits() if source == 'digits' else _fashion(root)
-        keep = torch.from_numpy(rng.permutation(len(x))[:min(len(x), 2*n if task == 'imbalanced' else n)])
-        x = F.interpolate(x[keep], size=(size, size), mode='bilinear', align_corners=False, antialias=True)
-        y = y[keep]
-    k = int(y.max())+1
-    if task == 'coarse':
-        groups = int(rng.integers(2, min(6, k)))
-        y,k = torch.from_numpy(rng.permutation(np.arange(k) % groups))[y],groups
-    elif task == 'imbalanced':
-        share = torch.from_numpy(np.geomspace(1, .08, k)[rng.permutation(k)])
-        keep = torch.from_numpy(rng.random(len(y))) < share[y]
-        x,y = x[keep][:n],y[keep][:n]
-    elif task == 'rotation':
-        y,k = torch.from_numpy(rng.integers(0, 4, len(x))),4
-        x = torch.stack([torch.rot90(im, int(t), (1, 2)) for im,t in zip(x, y)])
-    elif task == 'mosaic':
-        other = torch.from_numpy(rng.permutation(len(x)))
-        some = min(k, 10)
-        ok = (y < some) & (y[other] < some)
-        half = F.interpolate(x, size=(size, size//2), mode='bilinear', align_corners=False, antialias=True)
-        x,y,k = torch.cat([half, half[other]], 3)[ok],(y*some + y[other])[ok],some*some
+    n_read = 2*n if task == 'imbalanced' else n  # about half of them are thrown away
+    x,y = _source_images(source, n_read, size, rng, root)
+    n_classes = int(y.max()) + 1
+    if task in _VARIATIONS: x,y,n_classes = _VARIATIONS[task](x, y, n_classes, n, rng)
     x = x.repeat(1, 3, 1, 1)
-    if task == 'coloured':
-        ground = torch.from_numpy(rng.random((len(x), 3, 4, 4)).astype(np.float32))
-        ground = F.interpolate(ground, size=(size, size), mode='bilinear', align_corners=False)
-        ink = torch.from_numpy(rng.random((len(x), 3, 1, 1)).astype(np.float32))
-        x = ground*(1-x)*.7 + ink*x
+    if task == 'coloured': x = _coloured(x, rng)
     x = x - x.mean((0,2,3), keepdim=True)
-    return x/x.std((0,2,3), keepdim=True), y, k
+    return x/x.std((0,2,3), keepdim=True), y, n_classes

@@ -15,52 +15,88 @@ from .arms import varies_alpha
 from .settings import Study
 
 # %% ../../nbs/07i_study.plots.ipynb #ce4bbfde
+_XLABEL = "test accuracy minus plain training's, points\n(dots: seeds; diamond and bar: mean, 95 % interval)"
+
 def plot_differences(
     study:Study,
-    rows:list,
-    table:pd.DataFrame,
-    ax=None,
+    rows:list, # From `read_rows`
+    table:pd.DataFrame, # From `compare`
+    ax=None, # matplotlib axes; default: new ones
 ):
-    "Paired differences to plain per arm: every seed, mean and 95 % interval."
-    import matplotlib.pyplot as plt
+    "Paired differences to plain, an arm per line: every seed, mean and 95 % interval."
     t = table[table.arm != 'plain'].iloc[::-1].reset_index(drop=True)
-    if ax is None: ax = plt.subplots(figsize=(7, .9 + .45*len(t)), layout='constrained')[1]
-    final = {(r['arm'], r['alpha'], r['lr'], r['seed']):100*r['accuracy'] for r in rows if r['phase'] == 'final'}
-    plain_lr = table[table.arm == 'plain'].lr.iloc[0]
-    # One arm that ruins everything shall not squeeze the others into a line
+    if ax is None: ax = _new_axes(7, .9 + .45*len(t))
+    differences = _seed_differences(study, rows, table, t)
+    for i,r in t.iterrows(): _draw_arm(ax, i, r, differences[i])
+    _limit_x(ax, t, differences)
+    ax.axvline(0, color='0.6', lw=1, ls='--')
+    ax.set(yticks=range(len(t)), yticklabels=[_arm_label(r) for r in t.itertuples()],
+           ylim=(-.6, len(t)-.4), xlabel=_XLABEL)
+    return ax
+
+def _new_axes(width, height):
+    import matplotlib.pyplot as plt
+    return plt.subplots(figsize=(width, height), layout='constrained')[1]
+
+def _seed_differences(study, rows, table, t):
+    "For each line of `t`: its difference to plain in every seed that both have, in points."
+    final = {}  # (arm, alpha, rate) -> seed -> accuracy in per cent
+    for r in rows:
+        if r['phase'] != 'final': continue
+        final.setdefault((r['arm'], r['alpha'], r['lr']), {})[r['seed']] = 100*r['accuracy']
+    plain = final.get(('plain', 0., table[table.arm == 'plain'].lr.iloc[0]), {})
+    own = [final.get((r.arm, r.alpha, r.lr), {}) for r in t.itertuples()]
+    return [[o[s] - plain[s] for s in study.seeds if s in o and s in plain] for o in own]
+
+def _draw_arm(ax, i, r, differences):
+    "Seeds, mean and interval of one arm, at height `i`."
+    color = '#0072B2' if r.role == 'primary' else '0.35'
+    ax.scatter(differences, [i+.22]*len(differences), s=18, color=color, alpha=.6, lw=0)
+    if np.isfinite(r.low): ax.plot([r.low, r.high], [i, i], color=color, lw=2)
+    if np.isfinite(r.difference): ax.plot(r.difference, i, 'D', color=color, ms=6)
+
+def _arm_label(r):
+    alpha = f', alpha {r.alpha:g}' if r.alpha and '@' not in r.arm else ''
+    return f"{r.arm}{alpha}{' (primary)' if r.role == 'primary' else ''}"
+
+# %% ../../nbs/07i_study.plots.ipynb #0a3e050b
+def _limit_x(ax, t, differences):
+    "Fit the axis to the arms that are not far off, and annotate the others at its edge."
     size = t.difference.abs()
     far = size > 4*size.median() + 2
-    dots = {}
-    for i,r in t.iterrows():
-        d = dots[i] = [final[r.arm, r.alpha, r.lr, s] - final['plain', 0., plain_lr, s] for s in study.seeds if (r.arm, r.alpha, r.lr, s) in final and ('plain', 0., plain_lr, s) in final]
-        color = '#0072B2' if r.role == 'primary' else '0.35'
-        ax.scatter(d, [i+.22]*len(d), s=18, color=color, alpha=.6, lw=0)
-        if np.isfinite(r.low): ax.plot([r.low, r.high], [i, i], color=color, lw=2)
-        if np.isfinite(r.difference): ax.plot(r.difference, i, 'D', color=color, ms=6)
-    near = np.array([v for i,d in dots.items() if not far[i] for v in (*d, t.low[i], t.high[i]) if np.isfinite(v)] or [0.])
-    if far.any() and not far.all():
-        left,right = min(near.min(), 0.) - .1*np.ptp(near) - .5, max(near.max(), 0.) + .1*np.ptp(near) + .5
-        ax.set_xlim(left, right)
-        for i in t.index[far]: ax.annotate(f"mean {t.difference[i]:+.1f}, outside", (left if t.difference[i] < 0 else right, i), (6 if t.difference[i] < 0 else -6, 0), textcoords='offset points', va='center', ha='left' if t.difference[i] < 0 else 'right', fontsize=8, color='0.35')
-    ax.axvline(0, color='0.6', lw=1, ls='--')
-    ax.set(yticks=range(len(t)), yticklabels=[f"{r.arm}{f', alpha {r.alpha:g}' if r.alpha and '@' not in r.arm else ''}{' (primary)' if r.role == 'primary' else ''}" for r in t.itertuples()],
-           xlabel='test accuracy minus plain training\'s, points\n(dots: seeds; diamond and bar: mean, 95 % interval)', ylim=(-.6, len(t)-.4))
-    return ax
+    if not far.any() or far.all(): return
+    left,right = _limits(t[~far], [d for d,is_far in zip(differences, far) if not is_far])
+    ax.set_xlim(left, right)
+    for i in t.index[far]:
+        below = t.difference[i] < 0
+        at,offset,align = (left, 6, 'left') if below else (right, -6, 'right')
+        ax.annotate(f"mean {t.difference[i]:+.1f}, outside", (at, i), (offset, 0), textcoords='offset points',
+                    va='center', ha=align, fontsize=8, color='0.35')
+
+def _limits(t, differences):
+    "(left, right) around 0 and everything that is drawn of these arms, with a margin."
+    values = [*t.low, *t.high, *(v for d in differences for v in d)]
+    drawn = np.array([v for v in values if np.isfinite(v)] or [0.])
+    margin = .1*np.ptp(drawn) + .5
+    return min(drawn.min(), 0.) - margin, max(drawn.max(), 0.) + margin
+
+# %% ../../nbs/07i_study.plots.ipynb #f9bc2c4a
+_COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#000000']
+_MARKERS = 'osDv^<>P'
 
 def plot_alpha(
     study:Study,
-    table:pd.DataFrame,
-    ax=None,
+    table:pd.DataFrame, # From `compare`
+    ax=None, # matplotlib axes; default: new ones
 ):
-    "Mean test accuracy against alpha, for each arm that has one, with plain as a line."
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(5.5, 3.6), layout='constrained')[1]
-    colors = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999', '#000000']
-    for arm,color,marker in zip([a for a in study.arms if varies_alpha(a)], colors*9, 'osDv^<>P'*9):
+    "Mean test accuracy against alpha, for each arm that is trained at all of them, with plain as a line."
+    if ax is None: ax = _new_axes(5.5, 3.6)
+    for i,arm in enumerate(a for a in study.arms if varies_alpha(a)):
         t = table[(table.arm == arm) & table.accuracy.notna()].sort_values('alpha')
-        ax.plot(t.alpha, t.accuracy, color=color, marker=marker, ms=5, label=arm)
+        ax.plot(t.alpha, t.accuracy, color=_COLORS[i % 8], marker=_MARKERS[i % 8], ms=5, label=arm)
     plain = table[table.arm == 'plain'].accuracy.iloc[0]
     if np.isfinite(plain): ax.axhline(plain, color='0.4', ls='--', label='plain')
-    ax.set(xlabel='alpha', ylabel='mean test accuracy, %', xlim=(min(study.alphas)-.02, max(study.alphas)+.02))
+    ax.set(xlabel='alpha', ylabel='mean test accuracy, %',
+           xlim=(min(study.alphas)-.02, max(study.alphas)+.02))
     ax.legend(fontsize=8)
     return ax

@@ -13,22 +13,81 @@ from dataclasses import replace
 from .settings import Study
 
 # %% ../../nbs/07k_study.presets.ipynb #fb5b7eff
-_ALL = ('plain', 'scaled', 'lr-scaled', 'placebo', 'ral', 'ral-universal', 'label-smoothing', 'mixup', 'ral-universal+label-smoothing', 'ral-universal+mixup')
+_ALL_ARMS = ('plain', 'scaled', 'lr-scaled', 'placebo', 'ral', 'ral-universal', 'label-smoothing',
+             'mixup', 'ral-universal+label-smoothing', 'ral-universal+mixup')
 
 def presets() -> dict: # Name -> {study's name: Study}
     "The studies that `fmce_study --preset` knows."
-    paper = {f'{data}-{arch.split(".")[-1]}':Study(_ALL, (.7, .75, .8, .85, .9, .95), 'ral', data, 'data', size=32, bs=128, arch=arch, stage1_epochs=30, stage1_lr=3e-3, epochs=15, lrs=(1e-4, 3e-4, 1e-3), seeds=tuple(range(5)))
-             for data in ('mnist', 'fashion_mnist', 'cifar10', 'cifar100') for arch in ('resnet50', 'torchvision.shufflenet_v2_x1_0')}
-    mini = {'digits-test_resnet':Study(_ALL, (.7, .9), 'ral', 'digits', size=32, bs=64, arch='test_resnet', stage1_epochs=8, epochs=3, lrs=(1e-3,), seeds=(0, 1, 2)),
-            'fashion_mnist-resnet10t':Study(_ALL, (.7, .9), 'ral', 'fashion_mnist', 'data', n_train=2000, n_eval=2000, size=32, arch='resnet10t', stage1_epochs=6, epochs=2, lrs=(1e-3,), seeds=(0, 1, 2))}
-    scratch = Study(('plain', 'scaled@0.9', 'lr-scaled@0.9', 'placebo@0.9', 'ral', 'ral-universal', 'label-smoothing', 'mixup', 'ral-universal+label-smoothing@0.5', 'ral-universal+mixup@0.5'), (.5, .9), 'ral', 'fashion_mnist', 'data',
-                    n_train=10_000, n_eval=5000, size=32, bs=64, arch='torchvision.shufflenet_v2_x0_5', stage1_epochs=4, stage1_lr=3e-3, epochs=2, lrs=(1e-3, 3e-3), seeds=tuple(range(10)), tune_seeds=(100,), channels_last=True)
-    scratch = {'shufflenet_v2_x0_5':scratch, 'resnet10t':replace(scratch, arms=('plain', 'scaled@0.9', 'placebo@0.9', 'ral', 'ral-universal', 'label-smoothing', 'mixup', 'ral-universal+mixup@0.5'), arch='resnet10t', stage1_epochs=10, lrs=(1e-3,))}  # ten epochs: these runs converge
-    # Pretrained weights, few images: forms and rates from `benchmarks/search.py`
-    few = Study(('plain', 'scaled@0.97', 'shuffled@0.97', 'keep-maps', 'supcon@0.5', 'label-smoothing', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97', 'ral-memory@0.99', 'ral-universal+mixup@0.97'), primary='ral-memory@0.97',
-                data='fashion_mnist', root='data', n_train=50, n_eval=3000, size=48, bs=25, arch='tf_efficientnet_lite0', weights='efficientnet-lite0', epochs=50, lrs=(3e-3,), body_lr=.3, freeze_norm=True, head='linear', channels_last=True, seeds=tuple(range(10)))
-    more = replace(few, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal', 'ral-memory@0.97'), alphas=(.5, .9), n_train=200, epochs=20, size=64)
-    few = {'5-a-class':few, '20-a-class':more, '100-a-class':replace(more, n_train=1000, bs=50, epochs=6),
-           '500-a-class':replace(more, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.9', 'ral-memory@0.97'), n_train=5000, bs=50, epochs=2, lrs=(1e-3, 3e-3)),
-           'lite1-5-a-class':replace(few, arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97'), arch='tf_efficientnet_lite1', weights='efficientnet-lite1')}
-    return {'digits':{'digits':Study()}, 'paper':paper, 'paper-mini':mini, 'scratch':scratch, 'few-images':few}
+    return {
+        'digits':{'digits':Study()},
+        'paper':_paper(),
+        'paper-mini':_paper_mini(),
+        'scratch':_scratch(),
+        'few-images':_few_images(),
+    }
+
+# %% ../../nbs/07k_study.presets.ipynb #fc247f2a
+def _paper():
+    "The source's networks, data sets and alphas."
+    study = Study(
+        arms=_ALL_ARMS, alphas=(.7, .75, .8, .85, .9, .95), primary='ral',
+        root='data', size=32, bs=128,
+        stage1_epochs=30, stage1_lr=3e-3, epochs=15, lrs=(1e-4, 3e-4, 1e-3),
+        seeds=tuple(range(5)))
+    return {f"{data}-{arch.split('.')[-1]}":replace(study, data=data, arch=arch)
+            for data in ('mnist', 'fashion_mnist', 'cifar10', 'cifar100')
+            for arch in ('resnet50', 'torchvision.shufflenet_v2_x1_0')}
+
+def _paper_mini():
+    "All arms on small networks."
+    digits = Study(
+        arms=_ALL_ARMS, alphas=(.7, .9), primary='ral',
+        data='digits', size=32, bs=64, arch='test_resnet',
+        stage1_epochs=8, epochs=3, lrs=(1e-3,), seeds=(0, 1, 2))
+    fashion = replace(
+        digits, data='fashion_mnist', root='data', n_train=2000, n_eval=2000, arch='resnet10t',
+        stage1_epochs=6, epochs=2)
+    return {'digits-test_resnet':digits, 'fashion_mnist-resnet10t':fashion}
+
+def _scratch():
+    "Fine-tuning of networks that were trained from random weights on the same 10,000 images."
+    shufflenet = Study(
+        arms=('plain', 'scaled@0.9', 'lr-scaled@0.9', 'placebo@0.9', 'ral', 'ral-universal',
+              'label-smoothing', 'mixup', 'ral-universal+label-smoothing@0.5', 'ral-universal+mixup@0.5'),
+        alphas=(.5, .9), primary='ral',
+        data='fashion_mnist', root='data', n_train=10_000, n_eval=5000, size=32, bs=64,
+        arch='torchvision.shufflenet_v2_x0_5', channels_last=True,
+        stage1_epochs=4, stage1_lr=3e-3, epochs=2, lrs=(1e-3, 3e-3),
+        seeds=tuple(range(10)), tune_seeds=(100,))
+    resnet = replace(
+        shufflenet, arch='resnet10t', stage1_epochs=10, lrs=(1e-3,), # ten epochs: these runs converge
+        arms=('plain', 'scaled@0.9', 'placebo@0.9', 'ral', 'ral-universal', 'label-smoothing', 'mixup',
+              'ral-universal+mixup@0.5'))
+    return {'shufflenet_v2_x0_5':shufflenet, 'resnet10t':resnet}
+
+# %% ../../nbs/07k_study.presets.ipynb #cdd68d05
+def _few_images():
+    "Pretrained weights and few images; forms and rates come from `benchmarks/search.py`."
+    five = Study(
+        arms=('plain', 'scaled@0.97', 'shuffled@0.97', 'keep-maps', 'supcon@0.5', 'label-smoothing',
+              'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97', 'ral-memory@0.99',
+              'ral-universal+mixup@0.97'),
+        primary='ral-memory@0.97',
+        data='fashion_mnist', root='data', n_train=50, n_eval=3000, size=48, bs=25,
+        arch='tf_efficientnet_lite0', weights='efficientnet-lite0', head='linear',
+        epochs=50, lrs=(3e-3,), body_lr=.3, freeze_norm=True, channels_last=True,
+        seeds=tuple(range(10)))
+    twenty = replace(
+        five, n_train=200, epochs=20, size=64, alphas=(.5, .9),
+        arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal', 'ral-memory@0.97'))
+    return {
+        '5-a-class':five,
+        '20-a-class':twenty,
+        '100-a-class':replace(twenty, n_train=1000, bs=50, epochs=6),
+        '500-a-class':replace(
+            twenty, n_train=5000, bs=50, epochs=2, lrs=(1e-3, 3e-3),
+            arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.9', 'ral-memory@0.97')),
+        'lite1-5-a-class':replace(
+            five, arch='tf_efficientnet_lite1', weights='efficientnet-lite1',
+            arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97')),
+    }

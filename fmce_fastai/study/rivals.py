@@ -8,6 +8,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/study.rivals.html.md"""
 __all__ = ['AddLoss', 'alignment_loss', 'supcon_loss', 'KeepMaps']
 
 # %% ../../nbs/07c_study.rivals.ipynb #b2ff8880
+import copy
+
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -20,50 +22,90 @@ from ..train.callback import FMCECallback
 
 # %% ../../nbs/07c_study.rivals.ipynb #a4461f77
 class AddLoss(Callback):
-    "Adds a loss on tapped maps to the task loss: `weights` of the two; both in training only. The shape is FMCECallback's."
+    "Adds a loss on tapped maps to the task loss, in training only."
     order,run_valid = FMCECallback.order,False
-    def __init__(self, study, weights, fn): self.names,self.w,self.fn,self.tap = list(study.taps) or None,weights,fn,None
+
+    def __init__(self,
+        study, # `Study`; its `taps` name the maps, default: the last two
+        weights:tuple, # Of the task loss and of the loss on maps
+        fn, # (this callback, maps by name, class labels) -> scalar loss
+    ):
+        self.tap_names = list(study.taps) or None
+        self.weights = weights
+        self.fn = fn
+        self.tap = None  # made at the first batch
+
     def before_batch(self):
-        if self.tap is None:
-            plan = tap_plan(self.model, self.names, x=self.x[:2].as_subclass(torch.Tensor))
-            self.counted = plan.names if self.names else plan.names[-2:]
-            self.tap = FeatureTap(plan)
+        if self.tap is None: self.find_taps()
         self.tap.arm(self.model)
+
+    def find_taps(self):
+        "Make the tap for the Learner's network, and choose the maps that count."
+        plan = tap_plan(self.model, self.tap_names, x=self.x[:2].as_subclass(torch.Tensor))
+        self.counted = plan.names if self.tap_names else plan.names[-2:]
+        self.tap = FeatureTap(plan)
+
     def after_loss(self):
         maps = self.tap.take()
         aux = self.fn(self, {n:maps[n] for n in self.counted}, class_targets(self.learn.yb))
-        self.learn.loss_grad = self.w[0]*self.learn.loss_grad + self.w[1]*aux
+        self.learn.loss_grad = self.weights[0]*self.learn.loss_grad + self.weights[1]*aux
 
 # %% ../../nbs/07c_study.rivals.ipynb #ad82dca1
-def alignment_loss(cb, maps, y):
-    "1 - CKA of the pooled maps' centred cosines with the classes, mean over maps."
-    center = lambda k: k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
-    same,parts = center(same_class(y)),[]
+def _centred(k): return k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
+
+def alignment_loss(
+    cb, # The callback that calls; not used
+    maps:dict, # Name -> (B, C, H, W)
+    y:torch.Tensor, # (B,) class labels, or (B, classes) soft ones
+) -> torch.Tensor: # Scalar, 0 for maps that show the classes and nothing else
+    "1 - CKA of the pooled maps' cosines with the classes, mean over maps."
+    same = _centred(same_class(y))
+    losses = []
     for m in maps.values():
         x = m.float().mean((2,3))
         x = F.normalize(x - x.mean(0), dim=1)
-        k = center(x @ x.T)
-        parts.append(1 - (k*same).sum()/(k.norm()*same.norm() + 1e-9))
-    return torch.stack(parts).mean()
+        k = _centred(x @ x.T)
+        losses.append(1 - (k*same).sum()/(k.norm()*same.norm() + 1e-9))
+    return torch.stack(losses).mean()
 
-def supcon_loss(cb, maps, y, temperature=.1):
-    "Supervised contrastive loss of the last map's channel means, without a projection head."
+# %% ../../nbs/07c_study.rivals.ipynb #b2d9ebd7
+def supcon_loss(
+    cb, # The callback that calls; not used
+    maps:dict, # Name -> (B, C, H, W); the last one is used
+    y:torch.Tensor, # (B,) class labels, or (B, classes) soft ones
+    temperature:float=.1,
+) -> torch.Tensor: # Scalar; 0 where no two images share a class
+    "Supervised contrastive loss (arXiv:2004.11362) of the last map's channel means; no projection head."
     x = F.normalize(list(maps.values())[-1].float().mean((2,3)), dim=1)
-    own = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    logp = (x @ x.T/temperature).masked_fill(own, -1e9).log_softmax(1)
-    same = same_class(y).masked_fill(own, 0.)
-    has = same.sum(1) > 0
-    return -((same*logp).sum(1)[has]/same.sum(1)[has]).mean() if has.any() else 0.*x.sum()
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    logp = (x @ x.T/temperature).masked_fill(itself, -1e9).log_softmax(1)
+    same = same_class(y).masked_fill(itself, 0.)
+    has_pair = same.sum(1) > 0
+    if not has_pair.any(): return 0.*x.sum()
+    return -((same*logp).sum(1)[has_pair]/same.sum(1)[has_pair]).mean()
 
+# %% ../../nbs/07c_study.rivals.ipynb #916ef42b
 class KeepMaps(AddLoss):
-    "The maps stay near those of the weights that training started from."
-    def __init__(self, study, weight=.3): super().__init__(study, (1., weight), None)
-    def before_fit(self):
-        import copy
-        self.first = copy.deepcopy(self.model).eval().requires_grad_(False)
+    "Adds the distance of the maps to those of the weights that training started from."
+    def __init__(self,
+        study, # `Study`; its `taps` name the maps, default: the last two
+        weight:float=.3, # Of the distance; the task loss keeps the weight 1
+    ):
+        super().__init__(study, (1., weight), None)
+
+    def before_fit(self): self.start_model = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def start_maps(self):
+        "The batch's maps, as the start weights compute them."
+        tap = FeatureTap(self.tap.plan, keep_graph=False).arm(self.start_model)
+        with torch.no_grad(): self.start_model(*self.learn.xb)
+        return tap.take()
+
     def after_loss(self):
-        maps,tap = self.tap.take(),FeatureTap(self.tap.plan, keep_graph=False).arm(self.first)
-        with torch.no_grad(): self.first(*self.learn.xb)
-        before = tap.take()
-        aux = torch.stack([(maps[n] - before[n]).square().mean()/before[n].square().mean().clamp(min=1e-12) for n in self.counted]).mean()
-        self.learn.loss_grad = self.learn.loss_grad + self.w[1]*aux
+        maps = self.tap.take()
+        start = self.start_maps()
+        distances = [_relative_distance(maps[n], start[n]) for n in self.counted]
+        self.learn.loss_grad = self.learn.loss_grad + self.weights[1]*torch.stack(distances).mean()
+
+def _relative_distance(m, start):
+    return (m - start).square().mean()/start.square().mean().clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""`FMCSRecorder`: record feature maps while a Learner trains
+"""`FMCSRecorder` records feature maps while a Learner trains
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/train.recorder.html.md"""
 
@@ -8,29 +8,22 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/train.recorder.html.md"""
 __all__ = ['snapshot_steps', 'FMCSRecorder']
 
 # %% ../../nbs/04f_train.recorder.ipynb #b8f0e740
-import shutil
-import tempfile
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import torch
 from fastai.callback.core import Callback
 from fastai.distributed import DistributedDL
-from fastai.torch_core import no_random
 
 from .. import __version__
-from ..util.files import write_json
-from ..util.state import undisturbed, unwrap
-from ..util.distributed import errors_on_all_ranks, is_main, mean_over_ranks
-from ..maps.plan import TapError
-from ..maps.pool import pool_map, pooled_grid
-from ..maps.tap import FeatureTap
 from ..maps.find import tap_plan
+from ..maps.pool import pool_map
+from ..maps.tap import FeatureTap
 from ..oracle.dataset import DatasetError, FMCSDataset, MODES
-from .sample import read_batches
+from .recording import check_bytes, make_folder, Recording
+from .sample import read_sample
+from ..util.distributed import errors_on_all_ranks, is_main
+from ..util.state import unwrap
 
 # %% ../../nbs/04f_train.recorder.ipynb #368ef564
 def snapshot_steps(
@@ -40,190 +33,141 @@ def snapshot_steps(
 ) -> np.ndarray: # Increasing step numbers from 0 to T; fewer than `n_snapshots` in a very short fit
     "The steps after which snapshots are taken: dense early, start and end included."
     if n_steps < 1: raise ValueError(f"n_steps is {n_steps}; a fit to record has at least one step.")
-    if n_snapshots < 2: raise ValueError(f"n_snapshots is {n_snapshots}; at least 2 are needed, the start and the end of the run.")
+    if n_snapshots < 2:
+        raise ValueError(f"n_snapshots is {n_snapshots}; at least 2 are needed, "
+                         "the start and the end of the run.")
     if not power > 0: raise ValueError(f"power is {power}; it must be positive.")
     return np.unique(np.round(n_steps*np.linspace(0, 1, n_snapshots)**power).astype(int))
 
-# %% ../../nbs/04f_train.recorder.ipynb #b4293f89
-class _TemporaryFolder:
-    "A folder that goes when this object does (`tempfile.TemporaryDirectory` would warn that nobody cleaned it up)."
-    def __init__(self):
-        self.path = Path(tempfile.mkdtemp(prefix='fmcs_dataset_'))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
 # %% ../../nbs/04f_train.recorder.ipynb #66ea1c33
 class FMCSRecorder(Callback):
-    """Records feature maps during a fit, without changing it; after the fit `dataset` is the labelled `FMCSDataset`.
+    """Records feature maps during a fit, without changing it; then `dataset` is the labelled `FMCSDataset`.
 
-    With one recorder over several fits (`fine_tune` does two) each fit has a data set of its own, in `datasets`. After a fit that broke off, `finish()` labels what was
-    recorded till then. Raises, before the first step, `FileExistsError` for a folder that already holds something and `DatasetError` if the maps would exceed `max_bytes` or the disk."""
+    With one recorder over several fits (`fine_tune` does two) each fit has its own data set, in `datasets`.
+    After an interrupted fit, `finish()` labels what was recorded until then. Raises, before the first step,
+    `FileExistsError` for a folder that already holds something and `DatasetError` if the maps would exceed
+    `max_bytes` or the disk."""
     order = 5  # before MixedPrecision (10) enters autocast: maps are recorded in full precision
     run_valid = False
 
     def __init__(self,
         n_images:int=256, # Training images in the sample (a multiple of the batch size is used)
         n_snapshots:int=16, # Snapshots over the fit, dense early
-        path=None, # Folder to write; default a temporary one that goes with the data set
+        path=None, # Folder to write; default a temporary one that is deleted with the data set
         taps=None, # Names, wildcards or modules; default: the last map per resolution
         threshold:float=0.05, # CQI below which the run counts as converged
         n_levels:int=11, # K, score levels
         max_bytes:float=4e9, # Most that the maps may take on disk
         seed:int=0, # Which images
     ):
-        self.n_images,self.n_snapshots,self.out_path,self.tap_names = n_images,n_snapshots,path,taps
-        self.threshold,self.n_levels,self.max_bytes,self.sample_seed = threshold,n_levels,max_bytes,seed
-        self.datasets,self._live = [],None
+        self.n_images = n_images
+        self.n_snapshots = n_snapshots
+        self.out_path = path
+        self.tap_names = taps
+        self.threshold = threshold
+        self.n_levels = n_levels
+        self.max_bytes = max_bytes
+        self.sample_seed = seed
+        self.datasets = []
+        self._recording = None  # of the fit in progress
 
     @property
     def dataset(self):
         "The data set of the last recorded fit."
-        if not self.datasets and not is_main(): raise DatasetError("The data set is on the main process (rank 0): every rank records, one writes. Open its folder with FMCSDataset(path), or fit the oracle on rank 0.")
-        if not self.datasets: raise DatasetError("Nothing is recorded yet: fit a learner with this callback; after a broken-off fit call finish().")
-        return self.datasets[-1]
+        if self.datasets: return self.datasets[-1]
+        if not is_main():
+            raise DatasetError("The data set is on the main process (rank 0): every rank records, one "
+                               "writes. Open its folder with FMCSDataset(path), or fit the oracle on rank 0.")
+        raise DatasetError("Nothing is recorded yet: fit a learner with this callback; "
+                           "after an interrupted fit call finish().")
 
-    def before_fit(self): self._end()  # an earlier fit broke off
+    # Events
+    def before_fit(self): self._end()  # an earlier fit was interrupted
 
     def before_train(self):
-        # `validate`, `get_preds` and kin never come here; `lr_find` does, and its steps are no run
-        if self._live is None and not hasattr(self.learn, 'lr_finder'):
+        # `validate`, `get_preds` and the like have no such event; `lr_find` has, and its steps are no run
+        if self._recording is None and not hasattr(self.learn, 'lr_finder'):
             with errors_on_all_ranks(): self._start()
-        if self._live is not None: self._live['open'] = True
+        if self._recording is not None: self._recording.in_epoch = True
 
     def before_batch(self):
-        live = self._live
-        if live is None: return
-        live['loss'],live['modes'] = None,[m.training for m in unwrap(self.model).modules()]
-        if live['next'] < len(live['schedule']) and live['t'] >= live['schedule'][live['next']]:
-            with errors_on_all_ranks(): self._snapshot()
+        if self._recording is None: return
+        self._recording.begin_batch(unwrap(self.model))
+        if self._recording.is_due:
+            with errors_on_all_ranks(): self._recording.take_snapshot(unwrap(self.model))
 
     def after_loss(self):
-        if self._live is not None: self._live['loss'] = self.loss.detach()
+        if self._recording is not None: self._recording.batch_loss = self.loss.detach()
 
     def after_batch(self):
-        if self._live is None or self._live['loss'] is None: return  # a batch cancelled before its loss is no step
-        self._live['losses'].append(self._live['loss'])
-        self._live['loss'] = None
-        self._live['lrs'].append(self.opt.hypers[-1]['lr'])
-        self._live['t'] += 1
+        if self._recording is not None: self._recording.end_batch(self.opt.hypers[-1]['lr'])
 
     def after_train(self):
-        "From here on the epoch's losses are those of the whole batch, not of this process's part."
-        live = self._live
-        if live is None: return
-        new,live['open'] = live['losses'][live['agreed']:],False
-        if new: live['losses'][live['agreed']:] = list(torch.as_tensor(mean_over_ranks(torch.stack([l.float() for l in new]).cpu(), next(unwrap(self.model).parameters()).device, skip_nan=False)))
-        live['agreed'] = len(live['losses'])
+        "From now on the losses of the epoch are those of the whole batch, not of this process's part."
+        if self._recording is None: return
+        self._recording.in_epoch = False
+        self._recording.agree(self._device)
 
     def after_fit(self):
-        # cancelled inside an epoch, perhaps in this process alone: the others are elsewhere, and the epoch's losses stay this process's
-        with nullcontext() if self._live is None or self._live['open'] else errors_on_all_ranks(): self._end()
+        # A fit may be cancelled inside an epoch in this process alone: the others cannot take part
+        alone = self._recording is None or self._recording.in_epoch
+        with nullcontext() if alone else errors_on_all_ranks(): self._end()
+
+    # What the user calls
+    def finish(self) -> FMCSDataset:
+        "Take the last snapshot, label all and write the tables. Called automatically when the fit ends."
+        if self._recording is not None and not self._recording.steps: self._end()
+        if self._recording is None: return self.dataset
+        record = self._recording
+        if not record.taken or record.n_steps > record.taken[-1]: record.take_snapshot(unwrap(self.model))
+        self._recording = None
+        if record.path is None: return None  # another process writes
+        self.datasets.append(record.write())
+        return self.datasets[-1]
+
+    # Internal
+    @property
+    def _device(self): return next(unwrap(self.model).parameters()).device
 
     def _end(self):
-        "Finish what was recorded; a fit that broke off before its first step leaves nothing."
-        if self._live is None: return
-        if self._live['losses']: self.finish()
+        "Finish what was recorded; a fit that was interrupted before its first step leaves nothing."
+        if self._recording is None: return
+        if self._recording.steps: self.finish()
         else:
-            live,self._live = self._live,None
-            if live['main']: shutil.rmtree(live['path'], ignore_errors=True)
+            record,self._recording = self._recording,None
+            record.discard()
 
-    def finish(self) -> FMCSDataset:
-        "Take the last snapshot, label all of them and write the tables. Called automatically when the fit ends."
-        if self._live is not None and not self._live['losses']: self._end()
-        if self._live is None: return self.dataset
-        live = self._live
-        if not live['taken'] or live['t'] > live['taken'][-1]: self._snapshot()
-        self._live = None
-        losses = torch.stack([l.float().cpu() for l in live['losses']]).numpy()
-        if not live['main']: return None
-        pd.DataFrame({'step':np.arange(len(losses)), 'loss':losses, 'lr':live['lrs']}).to_csv(live['path']/'steps.csv', index=False)
-        snapshots = pd.DataFrame({'step':live['taken'], 'epoch':np.array(live['taken'])/live['card']['steps_per_epoch'], 'fmcs':np.nan})
-        snapshots.to_csv(live['path']/'snapshots.csv', index=False)
-        write_json(live['path']/'card.json', live['card'])
-        dataset = FMCSDataset(live['path'], live['temporary'])
-        self.datasets.append(dataset.relabel())
-        return dataset
-
-    # Internal ------------------------------------------------------------------------------------------------------
     def _start(self):
-        dl,bs = self.dls.train,self.dls.train.bs if hasattr(self.dls.train, 'bs') else self.dls.train.batch_size
-        n_batches = len(dl)  # of a rank, where there are several
-        if isinstance(dl, DistributedDL): dl = dl.dl  # every rank reads the same images
-        with no_random(self.sample_seed):
-            n = min(self.n_images, len(dl.dataset))
-            n = n//bs*bs if n >= bs else n
-            idxs = np.sort(np.random.default_rng(self.sample_seed).choice(len(dl.dataset), n, replace=False))
-            views = [read_batches(dl, idxs, bs, split_idx) for split_idx in (1, 0)]
-        plan = tap_plan(self.model, self.tap_names, x=self._to_model(views[0][0][0][:2]))
-        n_epochs = self.n_epoch - next((cb._skip_to for cb in self.learn.cbs if hasattr(cb, '_skip_to')), 0)
-        schedule = snapshot_steps(n_epochs*n_batches, self.n_snapshots)
-        need = self._check_bytes(plan, len(schedule), n)
-        path,temporary = self._make_folder(need) if is_main() else (None, None)
-        targets = torch.cat([torch.as_tensor(y).cpu() for _,y in views[0]]).as_subclass(torch.Tensor).numpy() if isinstance(views[0][0][1], torch.Tensor) else np.full(n, -1)
-        if is_main(): np.save(path/'targets.npy', targets)
-        card = dict(format=1, arch=plan.arch, plan=plan.to_dict(), n_images=n, image_indices=idxs.tolist(), modes=MODES, steps_per_epoch=n_batches,
-                    batch_size=bs, threshold=self.threshold, n_levels=self.n_levels, seed=self.sample_seed, version=__version__, run={})
-        self._live = dict(main=is_main(), views=views, schedule=schedule, next=0, t=0, loss=None, modes=[], taken=[], losses=[], agreed=0, open=False, lrs=[], path=path, temporary=temporary, card=card,
-                          tap=FeatureTap(plan, keep_graph=False, reduce=pool_map))
+        "Read the sample, find the taps and make the folder; whatever is wrong with them is an error here."
+        dl = self.dls.train
+        bs = dl.bs if hasattr(dl, 'bs') else dl.batch_size
+        n_batches = len(dl)  # of this process, where there are several
+        if isinstance(dl, DistributedDL): dl = dl.dl  # every process reads the same images
+        sample = read_sample(dl, self.n_images, bs, self.sample_seed)
+        plan = tap_plan(self.model, self.tap_names, x=sample.eval_batches[0][0][:2].to(self._device))
+        schedule = snapshot_steps(self._n_epochs()*n_batches, self.n_snapshots)
+        n_bytes = check_bytes(plan, len(sample), len(schedule), self.max_bytes)
+        path,temporary = make_folder(self._next_path(), n_bytes) if is_main() else (None, None)
+        if path is not None: np.save(path/'targets.npy', sample.targets)
+        tap = FeatureTap(plan, keep_graph=False, reduce=pool_map)
+        card = self._card(plan, sample, n_batches, bs)
+        self._recording = Recording(sample, schedule, tap, card, self.sample_seed, path, temporary)
 
-    def _to_model(self, x):
-        param = next(unwrap(self.model).parameters())
-        return x.to(param.device)
+    def _n_epochs(self):
+        "Epochs of this fit, without those that `start_epoch` skips."
+        return self.n_epoch - next((cb._skip_to for cb in self.learn.cbs if hasattr(cb, '_skip_to')), 0)
 
-    def _check_bytes(self, plan, n_snapshots, n):
-        "Bytes that the maps will take; a `DatasetError` if that is over the budget."
-        per_image = sum(t.channels*np.prod(pooled_grid(*t.grid)[2:]) for t in plan)*2*len(MODES)
-        need = per_image*n*n_snapshots
-        if need > self.max_bytes:
-            fits = int(self.max_bytes // (per_image*n_snapshots))
-            raise DatasetError(f"The maps would take {need/1e9:.2f} GB ({n} images, {n_snapshots} snapshots, {len(plan)} taps), over max_bytes={self.max_bytes/1e9:.2f} GB. "
-                               f"Use n_images={fits} or fewer, fewer taps or snapshots, or a larger max_bytes.")
-        return need
+    def _next_path(self):
+        "Folder of the next data set: the given one, then numbered ones beside it."
+        if self.out_path is None: return None
+        path = Path(self.out_path)
+        return path.with_name(f'{path.name}-{len(self.datasets)+1}') if self.datasets else path
 
-    def _make_folder(self, need):
-        temporary = None
-        if self.out_path is None:
-            temporary = _TemporaryFolder()
-            path = temporary.path
-        else:
-            path = Path(self.out_path)
-            if self.datasets: path = path.with_name(f'{path.name}-{len(self.datasets)+1}')
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise FileExistsError(f"{path} already exists and is not empty; give FMCSRecorder another path, or remove it.")
-        (path/'maps').mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path).free
-        if need > free: raise DatasetError(f"The maps will take {need/1e9:.2f} GB, but {path} has {free/1e9:.2f} GB free. Use fewer n_images, or another path.")
-        return path, temporary
+    def _card(self, plan, sample, n_batches, bs):
+        "The card of the data set; `run` is filled in with the labels."
+        images = dict(n_images=len(sample), image_indices=sample.indices.tolist())
+        settings = dict(threshold=self.threshold, n_levels=self.n_levels, seed=self.sample_seed)
+        return dict(format=1, arch=plan.arch, plan=plan.to_dict(), **images, modes=MODES,
+                    steps_per_epoch=n_batches, batch_size=bs, **settings, version=__version__, run={})
 
-    def _snapshot(self):
-        live,model = self._live,unwrap(self.model)
-        maps = {n:[] for n in live['tap'].plan.names}
-        with undisturbed(model, self.sample_seed):
-            # the modes that training has set, module by module (frozen batch norm stays in eval mode); after the fit the network itself is in eval mode
-            training = list(zip(model.modules(), live['modes']))
-            for mode,batches in zip(MODES, live['views']):
-                if mode == 'eval': model.eval()
-                else:
-                    for m,t in training: m.training = t
-                for name,parts in self._read_maps(model, batches).items(): maps[name].append(torch.cat(parts))
-        try:
-            for name,(ev,tr) in maps.items() if live['main'] else (): np.save(live['path']/'maps'/f"{name}.{len(live['taken']):03d}.npy", _to_float16(torch.stack([ev, tr])))
-        except OSError as e:
-            raise OSError(e.errno, f"the maps of step {live['t']} could not be written ({e.strerror or e}); the network is as it was before that step", str(live['path'])) from e
-        live['taken'].append(live['t'])
-        while live['next'] < len(live['schedule']) and live['schedule'][live['next']] <= live['t']: live['next'] += 1
-
-    def _read_maps(self, model, batches):
-        read = {n:[] for n in self._live['tap'].plan.names}
-        for x,_ in batches:
-            with self._live['tap'].on(model) as tap: model(self._to_model(x))
-            maps = tap.take()
-            if silent := [n for n in read if n not in maps]: raise TapError(f"No map arrived from {', '.join(silent)} {'in training mode' if model.training else 'in eval mode'}: the network does not always call it. Tap a module that it calls in both.")
-            for n,m in maps.items(): read[n].append(m.cpu())
-        return read
-
-    def __getstate__(self): return {**self.__dict__, '_live':None, 'datasets':[]}
-
-def _to_float16(maps):
-    "As a float16 array; values beyond its range become its largest value, NaN stays."
-    top = torch.finfo(torch.float16).max
-    return maps.clamp(-top, top).half().numpy()
+    def __getstate__(self): return {**self.__dict__, '_recording':None, 'datasets':[]}

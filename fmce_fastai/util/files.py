@@ -16,9 +16,9 @@ from pathlib import Path
 # %% ../../nbs/00a_util.files.ipynb #0b000007
 @contextmanager
 def atomic_write(
-    path, # What to write; its folder is made
-): # Path, beside it, to write to
-    "A temporary name that becomes `path` at the end: whole, or as it was before. Raises the `OSError` of what failed."
+    path, # File to write; its folder is created
+): # Path of a temporary file in the same folder: write to it
+    "Replace `path` on leaving by the temporary file that was written; after an error it is unchanged."
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
@@ -28,38 +28,47 @@ def atomic_write(
     finally:
         with suppress(OSError): part.unlink()
 
-def write_json(
-    path, # File
-    values, # What JSON can hold, and NumPy's numbers
-):
-    "Write `values`, whole or not at all. Raises `TypeError` for what JSON cannot hold."
-    with atomic_write(path) as part: part.write_text(json.dumps(values, indent=1, default=_number), encoding='utf-8')
-
-def _number(o):
+def _to_json_number(o):
+    "The Python number in a NumPy number. Raises `TypeError` for anything else."
     if hasattr(o, 'dtype') and not getattr(o, 'ndim', 0): return o.item()
-    raise TypeError(f"{type(o).__name__} is nothing that a JSON file holds")
+    raise TypeError(f"a value of type {type(o).__name__} cannot be written as JSON; "
+                    "convert it to a number, a string, a list or a dictionary")
+
+def write_json(
+    path, # File to write
+    values, # Anything that JSON can represent, and NumPy numbers
+):
+    "Write `values` atomically as JSON. Raises `TypeError` for values that JSON cannot represent."
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(values, indent=1, default=_to_json_number), encoding='utf-8')
 
 # %% ../../nbs/00a_util.files.ipynb #0b00000a
-MAX_JSON = 2**26  # bytes; no card, row or table of settings comes near it
+MAX_JSON = 2**26  # bytes; cards, rows and settings are far smaller
 
 class ForeignFileError(ValueError):
-    "A file that this package did not write: a link, a pipe or device, or larger than any of its kind."
+    "A file that this package cannot have written: a link, a pipe, a device, or larger than expected."
 
 def validated_file(
-    path, # A file, or none
-    most:float=MAX_JSON, # Bytes that a file of this kind may have
-) -> Path:
-    "`path`, if what is there, if anything, is a file, and no larger than `most`. Raises `ForeignFileError`."
+    path, # A file, which need not exist
+    most:float=MAX_JSON, # Maximum size in bytes
+) -> Path: # `path`
+    "`path`, if it is missing or a regular file of at most `most` bytes. Raises `ForeignFileError` otherwise."
     path = Path(path)
-    if path.is_symlink(): raise ForeignFileError(f"{path.name} is a link; the folder holds its own files")
-    if path.exists() and not path.is_file(): raise ForeignFileError(f"{path.name} is no file")
-    if path.exists() and (size := path.stat().st_size) > most: raise ForeignFileError(f"{path.name} has {size/1e9:.2f} GB, and at most {most/1e9:.2f} are read")
+    if path.is_symlink(): raise ForeignFileError(f"{path.name} is a link; only regular files are read")
+    if not path.exists(): return path
+    if not path.is_file(): raise ForeignFileError(f"{path.name} is not a regular file")
+    size = path.stat().st_size
+    if size > most:
+        raise ForeignFileError(f"{path.name} has {size/1e9:.2f} GB; the limit is {most/1e9:.2f} GB")
     return path
 
 def read_json(
-    path, # A file that `write_json` wrote
-):
-    "What is in it. Raises `FileNotFoundError`, `OSError`, or `ValueError` for what is no JSON or no file of ours."
+    path, # A file written by `write_json`
+): # Its values
+    """Validate `path` and read its values.
+
+    Raises `OSError` for a file that is missing or cannot be read, `ForeignFileError` (see
+    `validated_file`), and `ValueError` for text that is not JSON."""
     path = validated_file(path)
     try: return json.loads(path.read_text(encoding='utf-8'))
     except RecursionError as e: raise ValueError(f"{path.name} is nested too deeply") from e

@@ -17,39 +17,48 @@ import torch
 
 # %% ../../nbs/00e_util.processes.ipynb #beb7cbd7
 def end_with_parent():
-    "To be called in a worker process: it ends when its parent does, however that ended. Else it would go on beside a run that is started anew."
+    "Call in a worker process: it ends as soon as its parent has ended, for whatever reason."
     def watch():
         parent_process().join()
         os._exit(1)
     Thread(target=watch, daemon=True).start()
 
 def _start_worker(threads):
-    "Set up a worker process."
+    "Initialise a worker process."
     if threads is not None: torch.set_num_threads(threads)
     end_with_parent()
 
-def named_bar(gen, total, what):
-    "fastprogress's bar with `what` beside it. Set afterwards: its console bar takes no `comment` when it is made, its notebook bar does."
+# %% ../../nbs/00e_util.processes.ipynb #b814f8af
+def named_bar(
+    gen, # What to iterate over
+    total:int, # Number of items
+    what:str, # Name shown beside the bar
+): # Iterable with a progress bar
+    "fastprogress's bar with a name beside it."
     from fastprogress.fastprogress import progress_bar
     bar = progress_bar(gen, total=total)
-    bar.comment = what
+    bar.comment = what  # only the notebook bar accepts `comment` as an argument
     return bar
 
 def run_in_processes(
-    fn, # A function that worker processes can import
-    jobs:int, # Processes
-    todo:list, # Its arguments, a tuple per call
-    what:str, # What the progress bar shows
+    fn, # Function that worker processes can import
+    jobs:int, # Number of processes
+    todo:list, # Arguments, one tuple per call
+    what:str, # Name shown beside the progress bar
     bar:bool=True, # Show progress?
-    threads:int|None=None, # torch threads of each process; None: one job runs in this process, and workers keep torch's default
+    threads:int|None=None, # torch threads per process; None: the default, and one job runs in this process
 ):
-    "`fn(*args)` for each of `todo`. An error ends all: calls that have not begun are cancelled."
+    "Call `fn(*args)` for each of `todo`. An error ends all: calls that have not begun are cancelled."
     if not todo: return
-    shown = (lambda o: named_bar(o, len(todo), what)) if bar else (lambda o: o)
+    def shown(calls): return named_bar(calls, len(todo), what) if bar else calls
     if jobs == 1 and threads is None:
         for args in shown(todo): fn(*args)
-        return
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context('spawn'), initializer=_start_worker, initargs=(threads,))
+    else: _run_in_pool(fn, jobs, todo, shown, threads)
+
+def _run_in_pool(fn, jobs, todo, shown, threads):
+    "`fn(*args)` for each of `todo` in `jobs` new processes; `shown` adds a progress bar."
+    spawn = get_context('spawn')
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(threads,))
     try:
         for done in shown(as_completed([pool.submit(fn, *args) for args in todo])): done.result()
     except BaseException:
