@@ -39,7 +39,7 @@ docs: .venv/.docs
 	$(BIN)/python tools/build_docs.py
 	$(BIN)/python tools/check_docs.py
 
-# The tutorials run anew, with their outputs: some minutes
+# Run the tutorials again and keep their outputs: some minutes
 tutorials: .venv/.docs
 	$(BIN)/python tools/run_notebooks.py nbs/tutorials/*.ipynb
 

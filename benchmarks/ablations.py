@@ -1,10 +1,10 @@
-"""What each part of the universal oracle is worth: the labelled net without it, one source of images left out after the other.
+"""What each part of the universal oracle contributes: the labelled net without it, one source of images left out after the other.
 
     python benchmarks/ablations.py RUNS          # RUNS: the folder of `fmce_pretrain`; about ten minutes on one core; writes the CSV
     python benchmarks/ablations.py --report
 
-One row per variant: rho over all modules of runs that are not spoilt, with its 95 % bootstrap interval over runs, rho of the last module, MAE. Also written: `oracles/universal_without_fashion_no_share.safetensors`, for `few_images.py`'s arm
-`ral_no_share`: what a score's parts are worth in a loss, correlation does not tell."""
+One row per variant: rho over all modules of runs that are not degraded, with its 95 % bootstrap interval over runs, rho of the last module, MAE. Also written: `oracles/universal_without_fashion_no_share.safetensors`, for `few_images.py`'s arm
+`ral_no_share`: what a score's parts contribute as a loss cannot be seen from correlation."""
 import argparse, copy, warnings
 from pathlib import Path
 

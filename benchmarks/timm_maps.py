@@ -1,4 +1,4 @@
-"""Does every tap hand out timm's own map? The smallest model of each timm family, all taps of it, values and gradients.
+"""Does every tap return timm's own map? The smallest model of each timm family, all taps of it, values and gradients.
 
     python benchmarks/timm_maps.py [--families swin_transformer,vit] [--report]
 
@@ -6,7 +6,7 @@ Writes one row per family to `timm_maps_cpu_float32_torch<version>_timm<version>
 `maps` and `taps`: maps that `forward_intermediates` gives, and taps that hand one out; `seconds`: finding the plan, one thread, nothing cached;
 `error`: largest difference between a tap's map and timm's, over the largest value in the map; `gradient_error`: the same for the gradients of all weights, of a loss on all maps;
 `other_size`, `other_error`: the same plan on images of another shape, not square where the model allows it;
-`checkpointing`: are maps and gradients the same with gradient checkpointing on; `redrawn`: is the plan the same after all norms, scales and gates were drawn anew.
+`checkpointing`: are maps and gradients the same with gradient checkpointing on; `redrawn`: is the plan the same after all norms, scales and gates were randomised.
 """
 import argparse
 import copy
@@ -33,7 +33,7 @@ COLUMNS = 'family model params_M size source maps taps layouts seconds error gra
 def images(size, n=2): return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(1))
 
 def read_tap(model, plan, x):
-    "What the taps of `plan` hand out in a forward of `model`."
+    "What the taps of `plan` return in a forward of `model`."
     model.train(model.training)  # LeViT and kin keep attention biases, graph included, from one eval() to the next
     tap = FeatureTap(plan).arm(model)
     model(x)
@@ -62,7 +62,7 @@ def match(got, maps):
     return [min((m for m in maps if m.shape == g.shape), key=lambda m: float((m-g).detach().abs().max())) for g in got]
 
 def redraw(model):
-    "Draw every norm, layer scale and residual gate anew: at initialisation many of them make a block an identity."
+    "Randomise every norm, layer scale and residual gate: at initialisation many of them make a block an identity."
     gen = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():

@@ -1,4 +1,4 @@
-"""What the universal oracle's scores are worth where it was not trained: one family of networks, one source of images or one type of task left out, one after the other.
+"""How accurate the universal oracle's scores are where it was not trained: one family of networks, one source of images or one type of task left out, one after the other.
 
     python benchmarks/universal_oracle.py RUNS          # RUNS: the folder of `fmce_pretrain`; about 15 minutes on one core; writes the CSV
     python benchmarks/universal_oracle.py --report

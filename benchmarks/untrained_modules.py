@@ -4,7 +4,7 @@
     python benchmarks/untrained_modules.py --report
 
 Small networks from a random start, before and after five epochs on digits (32 px, 2 seeds, shipped oracle: it has seen training images of digits; scored are validation images), and EfficientNet-Lite0 with ImageNet weights on FashionMNIST images (64 px, an oracle that has seen none of it), intact and with one
-stage drawn anew; and the same on images that are foreign to the network, handwritten digits (settings `digits_foreign`, and at 32 px `digits_foreign_32`). `trained` says whether the row's stage is."""
+stage re-initialised; and the same on images that are foreign to the network, handwritten digits (settings `digits_foreign`, and at 32 px `digits_foreign_32`). `trained` says whether the row's stage is."""
 import argparse, copy, warnings
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def small(arch, seed):
     return rows
 
 def large(root, seed, setting):
-    "Intact, and each stage drawn anew in turn: only that stage is then an untrained one; those after it are left out."
+    "Intact, and each stage re-initialised in turn: only that stage is then an untrained one; those after it are left out."
     size = 32 if setting == "digits_foreign_32" else 64
     dl, model, rows = (digits_dls(size=size) if "foreign" in setting else fashion_mnist_dls(size=size, root=root, n_train=1000)).valid, lite0(), []
     oracle = FMCENet.load(HERE/"oracles"/"universal_without_fashion.safetensors")
@@ -70,7 +70,7 @@ def report():
     d = pd.read_csv(PATH)
     print(d.groupby(["arch", "setting", "module", "trained"], sort=False)[["fmcs", "rise", "learnt"]].mean().round(3).to_string())
     d = d[d.learnt.notna() & (d.number > 0)]
-    print(d.assign(told=d.learnt < LEAST_LEARNT).groupby(["setting", "trained"]).told.agg(["sum", "count"]).to_string())
+    print(d.assign(flagged=d.learnt < LEAST_LEARNT).groupby(["setting", "trained"]).flagged.agg(["sum", "count"]).to_string())
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

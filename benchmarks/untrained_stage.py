@@ -1,9 +1,9 @@
-"""Can the universal oracle tell a stage that was never trained? EfficientNet-Lite0 with ImageNet weights against the same network with one stage drawn anew, on FashionMNIST images.
+"""Can the universal oracle tell a stage that was never trained? EfficientNet-Lite0 with ImageNet weights against the same network with one stage re-initialised, on FashionMNIST images.
 
     python benchmarks/untrained_stage.py            # about five minutes on one core; writes the CSV
     python benchmarks/untrained_stage.py --report
 
-For each stage, seed (of the new weights and of the images), way with batch norm (`estimated`: running statistics estimated anew on 512 images in every network; `alone`: as they were) and way with labels: the mean score of each
+For each stage, seed (of the new weights and of the images), way with batch norm (`estimated`: running statistics re-estimated on 512 images in every network; `alone`: as they were) and way with labels: the mean score of each
 stage of the intact and of the damaged network over 4 batches of 64 images, and the AUC of the damaged stage's per-image scores against those of the same, intact stage. `first_fall` is the first stage, in depth, whose
 score fell by more than 0.03 and by more than 2 standard errors of the paired differences over the batches. The images are of the training file; the oracle has seen no FashionMNIST."""
 import argparse, copy, warnings
@@ -44,7 +44,7 @@ def scores(model, plan, batches, oracle, labels):
     return torch.stack(out).numpy()
 
 def damaged(model, plan, stage, seed):
-    "A copy of `model` with the weights of one stage drawn anew."
+    "A copy of `model` with the weights of one stage re-initialised."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = dict(timm.create_model("tf_efficientnet_lite0").named_parameters())

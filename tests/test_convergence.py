@@ -16,11 +16,11 @@ def curve(epochs=12, tau=1., noise=.05, seed=0, spe=SPE, a=1.9, b=.4):
 
 def quiet(losses, spe=SPE, **kw):
     "The result of `convergence`, and the ConvergenceWarnings it gave"
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
         res = convergence(losses, spe, **kw)
-    assert all(w.category is ConvergenceWarning for w in told)
-    return res, [str(w.message) for w in told]
+    assert all(w.category is ConvergenceWarning for w in warned)
+    return res, [str(w.message) for w in warned]
 
 # --- plain-Python twins ---------------------------------------------------------------------------------------------------------------
 
@@ -124,11 +124,11 @@ def test_online_equals_vectorised(spe, seed, noise):
 
 def test_online_speaks_up_a_window_after_the_step_it_means():
     l = curve(12, noise=.02)
-    m, told = OnlineCQI(SPE), []
-    for x in l: m.update(x); told.append(m.converged)
+    m, converged = OnlineCQI(SPE), []
+    for x in l: m.update(x); converged.append(m.converged)
     c = cqi_online(smooth_losses(l, SPE), SPE)
-    assert told.index(True) == converged_step(c, window_steps=SPE) + SPE
-    assert all(told[told.index(True):])
+    assert converged.index(True) == converged_step(c, window_steps=SPE) + SPE
+    assert all(converged[converged.index(True):])
 
 def test_online_takes_it_back_when_the_loss_moves_again():
     m = OnlineCQI(SPE)
@@ -226,10 +226,10 @@ def test_label_ends_and_kinds():
 
 def test_converged_run():
     l, lr = curve(), np.linspace(1e-2, 5e-3, 12*SPE)
-    r, told = quiet(l, lr=lr)
+    r, warned = quiet(l, lr=lr)
     s = loop_ema(l, SPE)
     at = loop_converged(loop_cqi(s, SPE, SPE), .05, SPE)
-    assert isinstance(r, Convergence) and r.status == 'converged' and r.usable and not told and r.converged == at
+    assert isinstance(r, Convergence) and r.status == 'converged' and r.usable and not warned and r.converged == at
     np.testing.assert_allclose(r.progress, np.clip((s[0]-s)/(s[0]-s[at]), 0, 1), atol=1e-9)
     assert r.markers.fmcs.iloc[-1] == 1 and r.markers.step.iloc[-1] <= at
     assert r.start_noise == pytest.approx(.05/(s[0]-s[at]), rel=.15)
@@ -241,20 +241,20 @@ def test_converged_run():
     assert f'step {at}' in repr(r) and 'converged' in r._repr_html_()
 
 def test_not_converged_run_has_no_top_level():
-    r, told = quiet(curve(4))
-    assert r.status == 'not converged' and r.converged is None and len(told) == 1
+    r, warned = quiet(curve(4))
+    assert r.status == 'not converged' and r.converged is None and len(warned) == 1
     assert r.progress.max() == pytest.approx(.9) and r.progress[r.smoothed.argmin()] == r.progress.max()
     assert list(r.markers.level) == list(range(10)) and r.markers.fmcs.max() < 1
-    for word in ('Train longer', 'learning rate', '`threshold`'): assert word in told[0]
+    for word in ('Train longer', 'learning rate', '`threshold`'): assert word in warned[0]
     # the CQI that the message names is the limit: just above it the run converges, just below it does not
     reach = np.max(r.cqi[-SPE-1:])
-    assert f'{reach:.3g}' in told[0]
+    assert f'{reach:.3g}' in warned[0]
     assert quiet(curve(4), threshold=reach*1.001)[0].converged is not None
     assert quiet(curve(4), threshold=reach*.999)[0].converged is None
 
 def test_noise_that_keeps_a_run_from_converging_is_named():
-    r, told = quiet(curve(20, noise=.3))
-    assert r.status == 'not converged' and 'larger `window`' in told[0]
+    r, warned = quiet(curve(20, noise=.3))
+    assert r.status == 'not converged' and 'larger `window`' in warned[0]
     assert 'Noise alone' not in quiet(curve(4))[1][0]
     assert quiet(curve(20, noise=.3), window=4.)[0].status == 'converged'
 
@@ -275,9 +275,9 @@ UNUSABLE = {
 @pytest.mark.parametrize('kind', UNUSABLE)
 def test_unusable_runs(kind):
     losses, says = UNUSABLE[kind]
-    r, told = quiet(losses)
-    assert r.status == 'unusable' and not r.usable and r.converged is None and len(told) == 1
-    assert says in r.message and r.message in told[0]
+    r, warned = quiet(losses)
+    assert r.status == 'unusable' and not r.usable and r.converged is None and len(warned) == 1
+    assert says in r.message and r.message in warned[0]
     assert r.progress.shape == r.cqi.shape == r.smoothed.shape == r.losses.shape and np.isnan(r.progress).all() and len(r.markers) == 0
     with pytest.raises(ConvergenceError, match='no FMCS labels'): r.label(0)
     assert issubclass(ConvergenceError, ValueError)

@@ -179,7 +179,7 @@ def copies(stage, site):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--force", action="store_true", help="process every notebook anew, also unchanged ones")
+    parser.add_argument("--force", action="store_true", help="process every notebook again, unchanged ones too")
     parser.add_argument("--renderer", choices=["auto", "quarto", "smalldocs"], default="auto", help="default: Quarto where it is installed")
     args = parser.parse_args()
     os.chdir(ROOT)

@@ -190,7 +190,7 @@ def check_pages(site, shots, chromium, only=""):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--site", type=Path, default=SITE)
-    parser.add_argument("--shots", type=Path, default=SHOTS, help="folder for the screenshots, made anew")
+    parser.add_argument("--shots", type=Path, default=SHOTS, help="folder for the screenshots; it is emptied first")
     parser.add_argument("--only", default="", help="only pages whose name has this in it")
     parser.add_argument("--external", action="store_true", help="list the links to elsewhere")
     args = parser.parse_args()

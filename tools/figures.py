@@ -44,7 +44,7 @@ def architectures():
     exact = [r for r in maps if not r["failure"] and r["maps"] == r["taps"] and max(float(r["error"]), float(r["other_error"] or 0)) < 1e-5 and float(r["gradient_error"]) < 1e-5]
     other = [r for r in maps if r["other_size"] not in ("", "refused")]
     rows = [["a plan without weights or values, on the meta device", f"{len(planned):,} of {len(zoo):,} names"],
-            ["every map of `forward_intermediates` has a tap that gives it, values and gradients", f"{len(exact)} of {len(maps)} families"],
+            ["every map of `forward_intermediates` has a tap that returns it, values and gradients", f"{len(exact)} of {len(maps)} families"],
             ["the same on images of another shape, for families that accept one", f"{sum(float(r['other_error']) < 1e-5 for r in other)} of {len(other)}"],
             ["the same with gradient checkpointing, for families that have it", f"{sum(r['checkpointing'] == 'same' for r in maps)} of {sum(r['checkpointing'] != 'unsupported' for r in maps)}"],
             ["seconds to find a plan, smallest model of a family, one CPU thread", f"median {spread([float(r['seconds']) for r in maps])}"]]
@@ -97,11 +97,11 @@ def universal():
 
 
 def untrained():
-    "Telling a stage that was drawn anew."
+    "Detecting a re-initialised stage."
     groups = {}
     for r in rows_of("untrained_stage"): groups.setdefault((r["labels"], r["norms"]), []).append(r)
-    rows = [["yes" if labels == "True" else "no", {"estimated": "estimated anew", "alone": "left as they were"}[norms], f"{statistics.mean(float(r['auc']) for r in g):.2f}", f"{100 * statistics.mean(r['right'] == 'True' for r in g):.0f} %", len(g)] for (labels, norms), g in sorted(groups.items(), reverse=True)]
-    return table(["labels", "batch norm's statistics", "AUC, the stage intact against drawn anew", "the right stage is the first to fall", "networks"], rows)
+    rows = [["yes" if labels == "True" else "no", {"estimated": "re-estimated", "alone": "left as they were"}[norms], f"{statistics.mean(float(r['auc']) for r in g):.2f}", f"{100 * statistics.mean(r['right'] == 'True' for r in g):.0f} %", len(g)] for (labels, norms), g in sorted(groups.items(), reverse=True)]
+    return table(["labels", "batch norm's statistics", "AUC, the stage intact against re-initialised", "the right stage is the first to fall", "networks"], rows)
 
 
 def untrained_modules():
@@ -110,8 +110,8 @@ def untrained_modules():
     found, names = {}, {"fashion_mnist": "EfficientNet-Lite0, ImageNet weights, on FashionMNIST", "digits_foreign": "the same, on handwritten digits", "digits_foreign_32": "the same, at 32 px", "digits": "small networks, 5 epochs on digits"}
     for r in rows_of("untrained_modules"):
         if r["number"] != "0" and r["learnt"] != "nan": found.setdefault((r["setting"], r["trained"]), []).append(float(r["learnt"]) < LEAST_LEARNT and float(r["fmcs"]) < HIGH)
-    rows = [[names[setting], {"True": "trained", "False": "never trained"}[trained], f"{sum(told)} of {len(told)}"] for (setting, trained), told in sorted(found.items(), key=lambda o: (list(names).index(o[0][0]), o[0][1] == "False"))]
-    return table(["networks", "stages", "told as untrained"], rows)
+    rows = [[names[setting], {"True": "trained", "False": "never trained"}[trained], f"{sum(flagged)} of {len(flagged)}"] for (setting, trained), flagged in sorted(found.items(), key=lambda o: (list(names).index(o[0][0]), o[0][1] == "False"))]
+    return table(["networks", "stages", "flagged as untrained"], rows)
 
 
 def groups():
@@ -130,7 +130,7 @@ def ablations():
 
 
 def in_a_loss():
-    "Few images, validation split, batch norm in training mode: what a part of the score is worth in a loss."
+    "Few images, validation split, batch norm in training mode: what each part of the score contributes as a loss."
     found = {}
     for r in rows_of("few_images"):
         if r["split"] == "valid" and r["norms"] == "train" and r["lr"] == "0.001": found.setdefault((r["arm"], r["alpha"]), {})[r["seed"]] = float(r["accuracy"])
