@@ -45,7 +45,7 @@ def report_model(
     size:int, # Side of the images in pixels
 ): # The network
     "The network with the requested weights."
-    from fmce_fastai.study.learner import load_efficientnet_lite
+    from fmce_fastai.study.weights import load_efficientnet_lite
     if str(arch).endswith('.pkl'): return _exported_model(arch, weights, pretrained)
     if pretrained and not weights: return _pretrained_model(arch)
     model = build_network(arch, size, 3)
