@@ -48,7 +48,7 @@ def without_warnings(text):
 
 
 def staged(proc, stage):
-    "A copy of `proc` in which `04d_train.callback.ipynb` is `train.callback.ipynb`, as nbdev tells Quarto through `output-file`, which smalldocs does not read. Returns the new name of each page's source."
+    "A copy of `proc` in which `04i_train.callback.ipynb` is `train.callback.ipynb`, as nbdev tells Quarto through `output-file`, which smalldocs does not read. Returns the new name of each page's source."
     names = {}
     for path in sorted(p for p in proc.rglob("*") if p.is_file() and "_docs" not in p.parts):
         rel = path.relative_to(proc)
