@@ -45,7 +45,7 @@ def report_model(
     size:int, # Side of the images in pixels
 ): # The network
     "The network with the requested weights."
-    from fmce_fastai.study.learner import load_efficientnet_lite
+    from fmce_fastai.study.weights import load_efficientnet_lite
     if str(arch).endswith('.pkl'): return _exported_model(arch, weights, pretrained)
     if pretrained and not weights: return _pretrained_model(arch)
     model = build_network(arch, size, 3)
@@ -76,6 +76,20 @@ def _report_images(data, root, size, no_labels):
         return unlabelled_images(folder, size), 'all in it'
     kwargs = {} if root is None else {'root':root}
     return get_dls(data, size=size, bs=64, **kwargs).valid, 'validation split'
+
+def _report_oracle(oracle):
+    "The oracle in a file, in a folder or on the Hub; by default the universal one."
+    import fmce_fastai.hub.transfer  # for `as_oracle`
+    from fmce_fastai.oracle.base import as_oracle, FMCENet
+    return as_oracle(oracle) if oracle else FMCENet.universal()
+
+def _check_has_scores(oracle, no_labels, images):
+    "Raise `CommandError` where images are to be drawn by scores that there will not be."
+    from fmce_fastai.report.report import needs_labels
+    if images is None or not no_labels or not needs_labels(oracle): return
+    raise CommandError("--images draws images by their FMCS, and without class labels the universal "
+                       "oracle measures none. Leave --images out, leave --no-labels out, or give a "
+                       "fitted --oracle.")
 
 # %% ../../nbs/10e_cli.report.ipynb #62def533
 def _why_not(path, png):
@@ -115,8 +129,10 @@ def fmce_report(
     root:str=None, # Folder of the data set's files (default: fastai's data folder)
     size:int=64, # Image size in pixels
     n_images:int=256, # Number of images to score
-    no_labels:store_true=False, # Score without class labels; a folder of images then needs no subfolders
-    oracle:str=None, # An oracle's file (default: the universal oracle)
+    # Use no class labels: a folder of images then needs no subfolders, and there is FMCS only with a
+    # fitted --oracle
+    no_labels:store_true=False,
+    oracle:str=None, # An oracle's file, or its name on the Hub (default: the universal oracle)
     csv:str=None, # Also write the table to this file (default: no file)
     plot:str=None, # Also draw the bars into this file, such as report.png (default: no file)
     # Also draw the images whose last maps are least and most converged into this file (default: no file)
@@ -127,9 +143,9 @@ def fmce_report(
     "Print the FMCS of every module of a network, without training it"
     def run():
         from fmce_fastai.report.report import fmce_report as report
-        from fmce_fastai.oracle.base import FMCENet
         check_outputs(csv=csv, plot=plot, images=images)
-        scorer = FMCENet.load(oracle) if oracle else FMCENet.universal()
+        scorer = _report_oracle(oracle)
+        _check_has_scores(scorer, no_labels, images)
         dl,which = _report_images(data, root, size, no_labels)
         model = report_model(arch, weights, pretrained, size)
         found = report(model, dl, n_images, scorer, labels=not no_labels, seed=seed, control=control,

@@ -69,16 +69,52 @@ def read_shard(
     if 1 <= i <= n: return i-1, n
     raise CommandError(f"--shard is {text!r}; the first number goes from 1 to the second.")
 
-def _studies(folder, preset, given, must_exist):
+def _studies(folder, preset, given, only_there):
     "Folder -> study; None for a study that is there and is not changed by options."
     from fmce_fastai.study.presets import presets
     known = presets()
     if preset not in known: raise CommandError(f"--preset is {preset!r}; known are {', '.join(known)}.")
     there = sorted(p.parent for p in [*folder.glob('study.json'), *folder.glob('*/study.json')])
-    if must_exist and not there: raise CommandError(f"--out {folder} holds no study.")
+    if only_there and not there: raise CommandError(f"--out {folder} holds no study.")
     if there and all(v is None for v in given.values()): return {p:None for p in there}
-    made = {name:changed_study(s, given) for name,s in known[preset].items()}
+    if only_there: return {p:_as_given(p, given) for p in there}
+    made = {name:changed_study(s, given) for name,s in _of_preset(known[preset], preset, given).items()}
     return {folder/name if len(made) > 1 else folder:s for name,s in made.items()}
+
+def _of_preset(own, preset, given):
+    "Name -> study: the preset's own, or those on the images given."
+    from fmce_fastai.study.presets import preset_on
+    if given.get('data') is None: return own
+    studies = preset_on(preset, given['data'], given.get('root'), given.get('n_train'))
+    if left_out := [n for n in own if n.endswith('a-class') and n not in studies]:
+        print(f"Left out, because {given['data']} has too few images: {', '.join(left_out)}", flush=True)
+    return studies
+
+def _as_given(folder, given):
+    "The study in `folder`. Raises `StudyError` if the options contradict it."
+    from fmce_fastai.study.run import ready_study
+    from fmce_fastai.study.settings import Study
+    return ready_study(changed_study(Study.load(folder), given), folder)
+
+def _check_all(studies, choices_only):
+    "Raise what would keep any of several studies from beginning, before the first of them is written."
+    from fmce_fastai.study.run import ready_study
+    if len(studies) < 2: return  # `run_study` checks it
+    for where,study in studies.items(): ready_study(study, where, choices_only)
+
+def _report(where):
+    "Write the report of a study, and print its table where it has finished runs."
+    from fmce_fastai.study.rows import read_rows
+    from fmce_fastai.study.run import write_report
+    if not read_rows(where):
+        print(f"No run of the study in {where} is finished.\n", flush=True)
+        return
+    write_report(where)
+    _print_table(where)
+
+def _print_table(where):
+    table = (where/'table.txt').read_text(encoding='utf-8')
+    print(f"{table}\nEverything is in {where}\n", flush=True)
 
 def _merge_into(where, other):
     from fmce_fastai.study.run import merge_studies
@@ -102,7 +138,7 @@ def fmce_study(
     lrs:str=None, # Peak learning rates tried for every arm (default: the preset's)
     # digits, mnist, fashion_mnist, cifar10, cifar100, or a folder (default: the preset's)
     data:str=None,
-    root:str=None, # Folder of the data set's files (default: the preset's)
+    root:str=None, # Folder of the data set's files (default: the preset's, where the data need one)
     n_train:int=None, # Number of training images; 0: all (default: the preset's)
     n_eval:int=None, # Number of validation and of test images; 0: all (default: the preset's)
     size:int=None, # Image size in pixels (default: the preset's)
@@ -133,14 +169,17 @@ def fmce_study(
     for switch in ('freeze_norm', 'channels_last'):
         given[switch] = given[switch] or None  # not given: the preset's
     def run():
-        from fmce_fastai.study.run import run_study, write_report
+        from fmce_fastai.study.run import run_study
         share = read_shard(shard)
         if jobs < 1: raise CommandError(f"--jobs is {jobs}; it must be at least 1.")
         folder = Path(out)
-        for where,study in _studies(folder, preset, given, must_exist=bool(report or merge)).items():
+        only_there = bool(report or merge)
+        studies = _studies(folder, preset, given, only_there)
+        if not only_there: _check_all(studies, choices_only)
+        for where,study in studies.items():
             if merge: _merge_into(where, Path(merge)/where.relative_to(folder))
-            if report or merge: write_report(where)
-            else: run_study(study, where, jobs, share, sys.stdout.isatty(), choices_only)
-            table = (where/'table.txt').read_text(encoding='utf-8')
-            print(f"{table}\nEverything is in {where}\n", flush=True)
+            if only_there: _report(where)
+            else:
+                run_study(study, where, jobs, share, sys.stdout.isatty(), choices_only)
+                _print_table(where)
     run_command('fmce_study', run, ['out', 'preset', 'jobs', 'shard', *given])

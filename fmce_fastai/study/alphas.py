@@ -20,6 +20,7 @@ import torch
 from fastai.torch_core import no_random
 from fastprogress.fastprogress import progress_bar
 
+from ..oracle.base import as_oracle
 from ..train.losses import check_alpha
 from ..train.callback import FMCECallback
 from ..train.recorder import FMCSRecorder
@@ -72,7 +73,7 @@ def fine_tune_alphas(
     alphas=(.7, .75, .8, .85, .9, .95), # One copy each, trained with RAL
     epochs:int=4, # Of `fit_one_cycle`
     lr=None, # Peak rate; default: the Learner's
-    oracle=None, # Convergence oracle; default: the universal one
+    oracle=None, # Convergence oracle, its file, or its name on the Hub; default: the universal one
     taps=None, # Names of the taps that count; default: the last two
     fmcs_loss:str='nll', # As in `FMCECallback`
     placebo:float|None=None, # alpha of the placebo; default: the highest of `alphas`; 0: no placebo
@@ -83,7 +84,7 @@ def fine_tune_alphas(
 
     All start from the same weights and see the same batches for the same number of steps. All copies
     are kept, on the Learner's device. Raises `CamError` if the batches of two copies differed."""
-    arms = _arms(alphas, oracle, taps, fmcs_loss, placebo, seed)
+    arms = _arms(alphas, as_oracle(oracle), taps, fmcs_loss, placebo, seed)
     trained,first = {'before':learn},None
     for name in progress_bar(list(arms)) if bar else arms:
         trained[name],batches = _fine_tune(learn, arms[name], epochs, lr, seed)
