@@ -108,6 +108,62 @@ def test_python_callers_see_no_version(name):
     import inspect
     assert 'version' not in inspect.signature(COMMANDS[name]).parameters
 
+# Studies on one's own images -------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def my_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for k,name in enumerate('abc'):
+        (tmp_path/'mine'/name).mkdir(parents=True)
+        for i in range(30): Image.fromarray((rng.integers(0, 60, (16, 16, 3)) + 60*k).astype(np.uint8)).save(tmp_path/'mine'/name/f'{i}.png')
+    return str(tmp_path/'mine')
+
+SMALL = dict(arch='test_resnet', weights='', arms='plain,scaled@0.5', seeds='0', epochs=1, size=16)
+
+@pytest.mark.parametrize('root', [None, ''])
+def test_a_preset_runs_on_a_folder(tmp_path, my_folder, capsys, root):
+    fmce_study(str(tmp_path/'out'), preset='few-images', data=my_folder, root=root, **SMALL)
+    text = capsys.readouterr().out
+    assert 'too few images: 20-a-class, 100-a-class, 500-a-class' in text and text.count('Everything is in') == 2
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['5-a-class', 'lite1-5-a-class']
+    settings = json.loads((tmp_path/'out'/'5-a-class'/'study.json').read_text())
+    assert (settings['data'], settings['root'], settings['n_train']) == (my_folder, '', 15)
+    fmce_study(str(tmp_path/'out'), report=True)
+    assert capsys.readouterr().out == text.partition('\n')[2]
+
+@pytest.mark.parametrize('change, words', [
+    (dict(n_train=500), '--n-train 500 but there are 54 training images'), (dict(arch='resnet500'), 'Near it'), (dict(root='data'), 'cannot be combined with a folder'),
+    (dict(oracle='none.safetensors'), 'there is no such file'), (dict(data='nowhere'), 'neither a data set nor a folder'), (dict(weights='best'), '--weights')])
+def test_a_refused_study_leaves_nothing_behind(tmp_path, my_folder, capsys, change, words):
+    with pytest.raises(SystemExit): fmce_study(str(tmp_path/'out'), preset='few-images', **{**SMALL, 'data':my_folder, **change})
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and (words in error or words == '--weights' and 'weights' in error)
+    assert not (tmp_path/'out').exists()
+
+def test_no_study_of_a_preset_begins_where_a_later_one_cannot(tmp_path, my_folder, capsys):
+    (tmp_path/'out'/'lite1-5-a-class').mkdir(parents=True)
+    fmce_study(str(tmp_path/'out'/'lite1-5-a-class'), data=my_folder, **SMALL)
+    before = sorted((tmp_path/'out').iterdir())
+    with pytest.raises(SystemExit): fmce_study(str(tmp_path/'out'), preset='few-images', data=my_folder, **SMALL)
+    assert 'holds another study' in capsys.readouterr().err and sorted((tmp_path/'out').iterdir()) == before
+
+def test_a_report_shows_the_studies_that_have_runs(tmp_path, capsys):
+    from fmce_fastai.study.settings import Study
+    out = tmp_path/'out'
+    Study(n_train=64).save(out/'5-a-class')  # what a refused call of an earlier version left
+    given = dict(n_train=64, n_eval=50, bs=32, **SMALL)
+    fmce_study(str(out), **given)
+    capsys.readouterr()
+    fmce_study(str(out), report=True)
+    text = capsys.readouterr().out
+    assert text.count('Everything is in') == 1 and text.count('No run of the study in') == 1
+    shutil.rmtree(out/'5-a-class')
+    fmce_study(str(out), report=True, **given)
+    text = capsys.readouterr().out
+    assert text.count('Everything is in') == 1 and 'No run' not in text
+    with pytest.raises(SystemExit): fmce_study(str(out), report=True, bs=16)
+    assert 'bs is 32 there and 16 here' in capsys.readouterr().err
+
 # What a run leaves -----------------------------------------------------------------------------------------------------
 
 def test_a_run_leaves_what_is_promised(finished):

@@ -45,6 +45,16 @@ def test_images_are_split_not_rows():
         with pytest.raises(ValueError, match="holdout"): split_images(20, holdout)
 
 
+def test_judges_take_the_file_of_an_oracle(dataset, tmp_path):
+    from fmce_fastai.report.plots import fmcs_over_training, plot_calibration
+    oracle = fit_oracle(dataset, **QUICK)
+    path = oracle.save(tmp_path/"oracle.safetensors")
+    for given in (path, str(path)):
+        assert judge_oracle(given, dataset, bar=False).equals(judge_oracle(oracle, dataset, bar=False))
+        assert np.array_equal(score_dataset(given, dataset, bar=False), score_dataset(oracle, dataset, bar=False))
+    assert fmcs_over_training(path, dataset, bar=False).equals(fmcs_over_training(oracle, dataset, bar=False))
+    assert len(plot_calibration(str(path), dataset, bar=False)) == 2
+
 def test_held_out_images_are_never_trained_on(dataset, monkeypatch):
     trained, stats = set(), set()
     batch, channel_stats = module.MapRows.batch, module.channel_stats

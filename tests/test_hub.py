@@ -64,6 +64,17 @@ def assert_equal_oracles(a, b):
     assert a.plan == b.plan and torch.equal(scores(a), scores(b))
 
 
+def test_a_name_on_the_hub_is_accepted_as_an_oracle(hub, oracle):
+    from fmce_fastai.oracle.base import as_oracle
+    oracle.push_to_hub(REPO)
+    for given in (REPO, FMCENet.from_pretrained(REPO)): assert_equal_oracles(FMCECallback(oracle=given).oracle, oracle)
+    with pytest.raises(HubError, match="No oracle from 'owner/other' on the Hugging Face Hub"): as_oracle("owner/other")
+
+def test_a_folder_is_accepted_as_an_oracle(oracle, tmp_path):
+    from fmce_fastai.oracle.base import as_oracle
+    for given in (oracle.save_pretrained(tmp_path/"a"), str(tmp_path/"a")): assert_equal_oracles(as_oracle(given), oracle)
+
+
 class Planted:
     "Unpickling this writes a file."
     def __init__(self, path): self.path = path

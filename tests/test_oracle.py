@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 
 from fmce_fastai.oracle.files import card_sha256
 from fmce_fastai.oracle.files import OracleFileError, tensors_sha256
-from fmce_fastai.oracle.base import FMCENet, OracleError, Scores
+from fmce_fastai.oracle.base import as_oracle, FMCENet, OracleError, Scores
 from fmce_fastai.oracle.fitted import FittedFMCENet
 from fmce_fastai.maps.plan import Tap, TapPlan
 from helpers import assert_same
@@ -36,6 +36,41 @@ def some_maps(n=6, seed=1):
 
 @pytest.fixture
 def file(tmp_path): return make().save(tmp_path/"oracle.safetensors")
+
+def test_an_oracle_is_given_as_it_is_or_by_its_file(file, monkeypatch):
+    oracle = make()
+    assert as_oracle(None) is None and as_oracle(oracle) is oracle
+    for given in (file, str(file)): assert_same(as_oracle(given).state_dict(), oracle.state_dict())
+    monkeypatch.chdir(file.parent)
+    assert as_oracle(file.name).frozen
+    (file.parent/"owner").mkdir()
+    file.rename(file.parent/"owner"/"name")
+    assert as_oracle("owner/name").frozen  # a file takes precedence over a repository of the same name
+    for other in ("oracle.safetensors", "runs/oracle.safetensors", Path("runs/oracle"), "/runs/oracle"):
+        with pytest.raises(OracleFileError, match="there is no such file"): as_oracle(other)
+    for other in (3, {}, "", torch.nn.Linear(1, 1), np.zeros(2)):
+        with pytest.raises(TypeError, match="accepted are an FMCENet, the path of an oracle's file, 'owner/name'"): as_oracle(other)
+
+def test_the_hub_is_not_imported_for_a_name(monkeypatch, tmp_path):
+    monkeypatch.delattr(FMCENet, "from_pretrained", raising=False)
+    for name in ("owner/name", tmp_path, str(tmp_path)):
+        with pytest.raises(ImportError, match="import fmce_fastai.hub.transfer"): as_oracle(name)
+
+def test_callback_and_copies_take_the_file_of_an_oracle(tmp_path):
+    from fmce_fastai.study.alphas import fine_tune_alphas
+    from fmce_fastai.train.callback import FMCECallback
+    from helpers import make_model, make_oracle, tensor_learner, weights
+    path = make_oracle(make_model()).save(tmp_path/"oracle.safetensors")
+    trained = []
+    for given in (FMCENet.load(path), path, str(path)):
+        learn = tensor_learner(cbs=FMCECallback(.5, given))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        trained.append(weights(learn.model))
+    for other in trained[1:]: assert_same(trained[0], other)
+    with pytest.raises(TypeError, match="oracle is a Linear"): FMCECallback(oracle=torch.nn.Linear(1, 1))
+    by_file, by_oracle = (fine_tune_alphas(tensor_learner(), (.9,), epochs=1, oracle=o, placebo=0, bar=False) for o in (str(path), FMCENet.load(path)))
+    assert_same(*(weights(t["alpha 0.90"].model) for t in (by_file, by_oracle)))
+    with pytest.raises(OracleFileError, match="there is no such file"): fine_tune_alphas(None, (.9,), oracle="none.safetensors")
 
 def rewrite(path, tensors=None, card=None, sums=True):
     "A file with other tensors or another card, its sums made right again."

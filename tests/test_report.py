@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fmce_fastai.report.report import fmce_report
 from fmce_fastai.maps.stages import stage_params
 from fmce_fastai.maps.find import tap_plan
-from helpers import make_learner, make_model, seed_all, tensor_dls
+from helpers import make_learner, make_model, make_oracle, seed_all, tensor_dls
 
 
 def activations_last():
@@ -33,6 +33,47 @@ def test_images_without_labels():
     for data in (TensorDataset(x), list(x)):
         report = fmce_report(make_model(), DataLoader(data, batch_size=8), bar=False)
         assert report.classes is None and report.table.images.tolist() == [24]*len(report.table) and "without class labels" in report.notes[-1]
+        assert_has_no_scores(report)
+
+def assert_has_no_scores(report):
+    "What needs class labels is left out, everywhere, and one note states why."
+    assert report.table[["fmcs", "low", "high", "learnt"]].isna().all().all() and np.isnan(report.scores).all()
+    assert not report.measured and not report.untrained.any() and sum("No FMCS" in n for n in report.notes) == 1
+    for shown in (repr(report), report._repr_html_()):
+        table = shown.partition("! No FMCS")[0].partition("<b>")[0]
+        assert "module" in table and "channels" in table and not any(c in table for c in ("fmcs", "low", "high", "learnt"))
+    ax = report.plot()
+    assert not ax.patches and [t.get_text() for t in ax.texts] == ["needs class labels"]*len(report.table)
+    with pytest.raises(ValueError, match="Give images with one class each"): report.plot_images()
+
+def test_labels_that_are_not_to_be_used_leave_only_the_structure():
+    model, dls = make_model(), tensor_dls(n_valid=24)
+    labelled, unlabelled = (fmce_report(model, dls, labels=labels, bar=False) for labels in (True, False))
+    assert_has_no_scores(unlabelled)
+    kept = ["module", "depth", "channels", "grid"]
+    assert unlabelled.table[kept].equals(labelled.table[kept]) and labelled.measured and labelled.table.fmcs.notna().all()
+
+def test_without_labels_maps_that_are_not_finite_are_still_named():
+    model = make_model()
+    with torch.no_grad(): model.stage2[0].weight.fill_(float("nan"))
+    report = fmce_report(model, DataLoader(TensorDataset(torch.randn(24, 3, 16, 16)), batch_size=8), bar=False)
+    assert report.table.images.iloc[-1] == 0 and report.table.images.iloc[0] == 24
+    assert report.notes[0] == f"{report.table.module.iloc[-1]}: the maps of 24 of 24 images are constant or not finite."
+
+def test_a_fitted_oracle_needs_no_labels():
+    model, dls = make_model(), tensor_dls(n_valid=24)
+    oracle = make_oracle(model)
+    labelled, unlabelled = (fmce_report(model, dls, oracle=oracle, labels=labels, bar=False) for labels in (True, False))
+    assert unlabelled.table.equals(labelled.table) and unlabelled.table.fmcs.notna().all() and unlabelled.notes == []
+
+def test_an_oracle_is_also_given_by_its_file(tmp_path):
+    model, dls = make_model(), tensor_dls(n_valid=24)
+    oracle = make_oracle(model)
+    path = oracle.save(tmp_path/"oracle.safetensors")
+    expected = fmce_report(model, dls, oracle=oracle, bar=False).table
+    for given in (path, str(path)): assert fmce_report(model, dls, oracle=given, bar=False).table.equals(expected)
+    with pytest.raises(ValueError, match="there is no such file"): fmce_report(model, dls, oracle=tmp_path/"none.safetensors", bar=False)
+    with pytest.raises(TypeError, match="oracle is a dict; accepted are an FMCENet, the path"): fmce_report(model, dls, oracle={}, bar=False)
 
 def test_files_without_labels(tmp_path):
     for i in range(20): Image.new("RGB", (16, 16), (12*i, 100, 0)).save(tmp_path/f"{i:02}.png")
@@ -71,7 +112,9 @@ def test_the_command_reads_images_in_no_classes(tmp_path, command):
     (tmp_path / "below").mkdir()
     for i in range(20): Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(tmp_path / ("below" if i % 2 else ".") / f"{i}.png")
     code, text = command("test_resnet", str(tmp_path), no_labels=True, size=32)
-    assert code == 0 and "Scored without class labels" in text and "32x32, all in it" in text and "20 images" in text
+    assert code == 0 and "No FMCS: without class labels" in text and "fmcs" not in text and "32x32, all in it" in text and "20 images" in text
+    code, text = command("test_resnet", str(tmp_path), no_labels=True, size=32, images=str(tmp_path/"x.png"))
+    assert code == 1 and "Leave --images out, leave --no-labels out, or give a fitted --oracle" in text
     (tmp_path / "none").mkdir()
     assert command("test_resnet", str(tmp_path / "none"), no_labels=True) == (1, f"fmce_report: There are no images in {tmp_path / 'none'}.\n")
 

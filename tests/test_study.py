@@ -30,7 +30,7 @@ from fmce_fastai.study.compare import compare
 from fmce_fastai.study.statistics import holm, seeds_needed
 from fmce_fastai.study.tables import table_text, verdict
 from fmce_fastai.study.run import merge_studies, run_study, write_report
-from fmce_fastai.study.presets import presets
+from fmce_fastai.study.presets import preset_on, presets
 from fmce_fastai.data.digits import digits_dls
 from helpers import make_learner
 
@@ -365,6 +365,46 @@ def test_joined_arms_and_presets():
     assert all(s.alphas == (.7, .75, .8, .85, .9, .95) and len(s.seeds) == 5 for s in known["paper"].values())
     for studies in known.values():
         for s in studies.values(): assert not set(s.seeds) & set(s.tune_seeds) and tuning_jobs(s) + final_jobs(s, []) != []
+
+def image_folder(folder, n=60, classes="abc"):
+    "`n` images a class, a shade for each class; 60 % of them are for training."
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(classes):
+        (folder/name).mkdir(parents=True)
+        for i in range(n): Image.fromarray((rng.integers(0, 60, (16, 16, 3)) + 60*k).astype(np.uint8)).save(folder/name/f"{i}.png")
+    return str(folder)
+
+@pytest.mark.parametrize("change", [dict(n_train=5000), dict(data="nowhere"), dict(root="data"), dict(arch="resnet500"), dict(weights="best"), dict(oracle="no.safetensors"), dict(taps=("layer9",)),
+                                    dict(arch="test_vit", taps=("blocks.7",)), dict(data="fashion_mnist", root="/nowhere")])
+def test_a_study_that_cannot_begin_leaves_nothing_behind(tmp_path, change):
+    study = Study(("plain", "scaled"), primary="scaled", **{**TINY, **change})
+    with pytest.raises((ValueError, OSError)): run_study(study, tmp_path/"s", bar=False)
+    assert not list(tmp_path.iterdir())
+
+def test_a_search_without_its_seeds_and_data_without_a_test_split_leave_nothing_behind(tmp_path):
+    study = Study(("plain", "scaled"), primary="scaled", tune_seeds=(), **TINY)
+    with pytest.raises(StudyError, match="A search needs tune_seeds"): run_study(study, tmp_path/"s", bar=False, choices_only=True)
+    for split in ("train", "valid"): image_folder(tmp_path/"data"/split, n=12)
+    study = Study(("plain", "scaled"), primary="scaled", **{**TINY, "data": str(tmp_path/"data"), "n_train": 0})
+    with pytest.raises(StudyError, match="no test split"): run_study(study, tmp_path/"s", bar=False)
+    assert not (tmp_path/"s").exists()
+
+def test_settings_of_the_machine_are_those_of_the_last_call(tmp_path):
+    "The runs read the folder's settings: a `root` that is given with a resumed study reached none of them."
+    study = Study(("plain", "scaled"), primary="scaled", **{**TINY, "seeds": (0,)})
+    replace(study, root="data").save(tmp_path)  # of a call that was refused: digits take no root
+    assert len(quiet(study, tmp_path)) == 2 and Study.load(tmp_path).root == ""
+
+def test_presets_on_other_images(tmp_path):
+    data = image_folder(tmp_path/"mine")
+    for preset in presets():
+        for s in preset_on(preset, data).values(): assert (s.data, s.root) == (data, "") and s.n_train <= 108
+    assert {n: s.n_train for n, s in preset_on("few-images", data).items()} == {"5-a-class": 15, "20-a-class": 60, "lite1-5-a-class": 15}
+    assert list(preset_on("paper", data)) == ["mine-resnet50", "mine-shufflenet_v2_x1_0"]  # not once for each of its four data sets
+    assert {s.root for s in preset_on("few-images", "cifar10").values()} == {"data"} and preset_on("few-images", "digits")["5-a-class"].root == ""
+    assert {n: s for n, s in preset_on("few-images", "fashion_mnist").items()} == presets()["few-images"]
+    with pytest.raises(StudyError, match="6 training images of 3 classes: too few for every study"): preset_on("few-images", image_folder(tmp_path/"few", n=4))
 
 def test_the_command(tmp_path, capsys):
     from fmce_fastai.cli.study import fmce_study

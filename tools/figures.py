@@ -237,7 +237,7 @@ def in_short():
 
 STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS / "studies").glob("*/*/table.csv"))]
 
-NB = {"pretrain": "08j_pretrain.judge", "report": "05d_report.report", "cam": "07t_study.cams", "fit": "03i_oracle.fit", "taps": "02i_maps.find", "callback": "04i_train.callback"}
+NB = {"pretrain": "08j_pretrain.judge", "report": "05d_report.report", "cam": "07u_study.cams", "fit": "03i_oracle.fit", "taps": "02i_maps.find", "callback": "04i_train.callback"}
 
 # Tables on the pages of notebooks: name -> (function, notebook)
 PAGES = {"groups": (groups, NB["pretrain"]), "ablations": (ablations, NB["pretrain"]), "in_a_loss": (in_a_loss, NB["pretrain"]), "untrained_modules": (untrained_modules, NB["report"]), "untrained": (untrained, NB["report"]),

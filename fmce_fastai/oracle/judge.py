@@ -14,7 +14,7 @@ import torch
 from fastprogress.fastprogress import progress_bar
 
 from ..convergence.labels import level_targets
-from .base import FMCENet
+from .base import as_oracle, FMCENet
 from .dataset import FMCSDataset, MODES
 
 # %% ../../nbs/03h_oracle.judge.ipynb #098d34dd
@@ -49,13 +49,14 @@ class MapRows:
 # %% ../../nbs/03h_oracle.judge.ipynb #7e6ee0d1
 @torch.no_grad()
 def score_dataset(
-    oracle:FMCENet, # A fitted oracle
+    oracle:FMCENet, # A fitted oracle, its file, or its name on the Hub
     dataset:FMCSDataset, # A recorded run of the same network
     images=None, # Which of the data set's images; default all
     rows=None, # The data set's `MapRows`, if they are in memory already
     bar:bool=True, # Show a progress bar if there are many maps
 ) -> np.ndarray: # (S, 2, N, M) FMCS per snapshot, mode, image and module; NaN where not valid
     "The scores of every recorded map."
+    oracle = as_oracle(oracle)
     rows = MapRows(dataset) if rows is None else rows
     images = np.arange(dataset.n_images) if images is None else np.asarray(images)
     chunks = rows.index(images).split(1024)
@@ -97,7 +98,7 @@ def judge_rows(
     return pd.DataFrame(table)
 
 def judge_oracle(
-    oracle:FMCENet, # A fitted oracle
+    oracle:FMCENet, # A fitted oracle, its file, or its name on the Hub
     dataset:FMCSDataset, # The run it was fitted on, or another run of the same network
     images=None, # Which images; default: those held out when it was fitted
     bar:bool=True, # Show a progress bar if there are many maps
@@ -106,6 +107,7 @@ def judge_oracle(
 
     On another run than its own, the figures measure transfer: state that beside them. Raises `ValueError`
     if no images are given and the oracle's card names none."""
+    oracle = as_oracle(oracle)
     images = oracle.card.get('held_out_images') if images is None else images
     if images is None:
         raise ValueError("This oracle's card names no held-out images; give the images to judge it on "

@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..convergence.run import ConvergenceWarning
-from ..oracle.base import FMCENet
+from ..oracle.base import as_oracle, FMCENet
 from ..oracle.dataset import FMCSDataset, MODES
 from ..oracle.judge import score_dataset
 from ..train.callback import FMCECallback
@@ -30,11 +30,12 @@ def module_colors(
 
 # %% ../../nbs/05a_report.plots.ipynb #664fcf4b
 def fmcs_over_training(
-    oracle:FMCENet, # A fitted oracle
+    oracle:FMCENet, # A fitted oracle, its file, or its name on the Hub
     dataset:FMCSDataset, # The run it was fitted on
     bar:bool=True, # Show a progress bar if there are many maps
 ) -> pd.DataFrame: # Rows: step, epoch, module, mode, fmcs (mean over held-out images), label
     "Mean score per module, snapshot and mode, on the images held out when `oracle` was fitted."
+    oracle = as_oracle(oracle)
     scores = score_dataset(oracle, dataset, oracle.card.get('held_out_images'), bar=bar)
     snapshots = zip(dataset.snapshots.step, dataset.snapshots.epoch, dataset.fmcs)
     rows = []
@@ -87,7 +88,7 @@ def _draw_fine_tuning(ax, history, colors):
 
 # %% ../../nbs/05a_report.plots.ipynb #24f90dbd
 def plot_calibration(
-    oracle:FMCENet, # A fitted oracle
+    oracle:FMCENet, # A fitted oracle, its file, or its name on the Hub
     dataset:FMCSDataset, # The run it was fitted on
     images=None, # Indices of images; default: those held out
     axs=None, # Two axes to draw on
@@ -95,6 +96,7 @@ def plot_calibration(
 ): # The axes: eval mode, training mode
     "Predicted against labelled FMCS per module: mean over images; band: 10th to 90th percentile."
     import matplotlib.pyplot as plt
+    oracle = as_oracle(oracle)
     images = oracle.card.get('held_out_images') if images is None else images
     scores = score_dataset(oracle, dataset, images, bar=bar)
     if axs is None:

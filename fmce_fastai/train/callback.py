@@ -62,7 +62,7 @@ class FMCECallback(ScoringCallback):
 
     def __init__(self,
         alpha=0.9, # Representation Abstraction Factor in [0, 1], or a schedule, e.g. `SchedCos(0., 0.9)`
-        oracle:FMCENet|None=None, # The convergence oracle, which is frozen; default: the universal one
+        oracle:FMCENet|None=None, # An oracle, its file or name on the Hub; default: the universal one
         taps:list|None=None, # Taps that count in the loss; default: all of a fitted oracle, else the last two
         when='auto', # When RAL acts: from a share of the fit, (start, end), `'converged'`, `'auto'`, a callable
         fmcs_loss:str='nll', # `'nll'`: -log p(top level); `'gap'`: 1 - FMCS

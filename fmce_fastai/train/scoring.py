@@ -14,8 +14,8 @@ from fastai.callback.core import Callback
 from ..maps.find import tap_plan
 from ..maps.plan import TapError
 from ..maps.tap import FeatureTap
-from ..oracle.base import FMCENet, OracleError, Scores
-from .arguments import check_memory, check_oracle, check_target_mode, counted_taps, uses_neighbours
+from ..oracle.base import as_oracle, FMCENet, OracleError, Scores
+from .arguments import check_memory, check_target_mode, counted_taps, uses_neighbours
 from .columns import ArmLast, remove_helpers
 from .memory import MemoryBank
 
@@ -46,12 +46,12 @@ class ScoringCallback(Callback):
     _learn = None
 
     def __init__(self,
-        oracle:FMCENet|None=None, # The oracle; default: the universal one
+        oracle:FMCENet|None=None, # An oracle, its file or name on the Hub; default: the universal one
         taps:list|None=None, # Taps that count: some of a fitted oracle's, or any of the network's
         targets='auto', # `'auto'`: class labels go to the oracle where there are any; None: never
         memory:int=0, # Images of earlier steps among which a batch is scored
     ):
-        check_oracle(oracle)
+        oracle = as_oracle(oracle)
         self.target_mode = check_target_mode(targets)
         self.memory = check_memory(memory, oracle)
         self.oracle = FMCENet.universal() if oracle is None else oracle
