@@ -456,7 +456,7 @@ def test_alpha_may_follow_a_schedule():
     (dict(alpha="0.9"), TypeError, "alpha is '0.9'"), (dict(alpha=None), TypeError, "alpha is None"), (dict(alpha=True), TypeError, "alpha is True"),
     (dict(when="late"), ValueError, "when is 'late'"), (dict(when=1.5), ValueError, "when is 1.5"), (dict(when=(.6, .2)), ValueError, "start is not after"),
     (dict(when=float("nan")), ValueError, "when is nan"), (dict(when=(.1, .2, .3)), ValueError, "when is"), (dict(fmcs_loss="mse"), ValueError, "'nll' and 'gap'"),
-    (dict(targets="labels"), ValueError, "targets is 'labels'"), (dict(oracle=nn.Linear(2, 2)), TypeError, "FMCENet.load")])
+    (dict(targets="labels"), ValueError, "targets is 'labels'"), (dict(oracle=nn.Linear(2, 2)), TypeError, "oracle is a Linear; accepted are an FMCENet")])
 def test_bad_arguments_are_named(kwargs, error, words):
     with pytest.raises(error, match=words): FMCECallback(**kwargs)
 
