@@ -64,17 +64,16 @@ def module_name(path): return ".".join(path.relative_to(PACKAGE).with_suffix("")
 
 
 def imported(path):
-    "(module inside the package or outside name, imported names, at the top level?) of every import in `path`."
+    "(module inside the package or outside name, imported names) of every import in `path`, inside functions too."
     here = module_name(path).split(".")
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        top = getattr(node, "col_offset", 0) == 0
         if isinstance(node, ast.Import):
-            for a in node.names: yield a.name.removeprefix("fmce_fastai."), (), top
+            for a in node.names: yield a.name.removeprefix("fmce_fastai."), ()
         elif isinstance(node, ast.ImportFrom):
             parts = (node.module or "").split(".") if node.module else []
             if node.level: parts = here[:len(here)-node.level] + parts
             elif parts[:1] == ["fmce_fastai"]: parts = parts[1:]
-            yield ".".join(parts), tuple(a.name for a in node.names), top
+            yield ".".join(parts), tuple(a.name for a in node.names)
 
 
 def against_arrows(path):
@@ -82,7 +81,7 @@ def against_arrows(path):
     name = module_name(path)
     floor = name.split(".")[0]
     if floor not in FLOORS: return
-    for target, names, _ in imported(path):
+    for target, _ in imported(path):
         other = target.split(".")[0]
         if other in FLOORS and other != floor and other not in FLOORS[floor]: yield f"{name} imports {target}: {floor} may import {', '.join(FLOORS[floor]) or 'nothing'}"
         if floor in CORE and other in NOT_IN_CORE and not (other == "matplotlib" and name.endswith(".plot")): yield f"{name} is part of the core and imports {other}"
@@ -90,7 +89,7 @@ def against_arrows(path):
 
 def foreign_private(path):
     "Private names of other modules that `path` imports."
-    for target, names, _ in imported(path):
+    for target, names in imported(path):
         if target.split(".")[0] not in FLOORS: continue
         for n in names:
             if n.startswith("_") and not n.startswith("__"): yield f"{module_name(path)} imports {n}, a private name of {target}"
@@ -107,7 +106,7 @@ def attached(path):
 
 def cycles(paths):
     "Import cycles between modules, lazy imports included."
-    edges = {module_name(p): {t for t, _, _ in imported(p) if t.split(".")[0] in FLOORS} for p in paths}
+    edges = {module_name(p): {t for t, _ in imported(p) if t.split(".")[0] in FLOORS} for p in paths}
     found, done = [], set()
     def visit(name, path):
         if name in path:
