@@ -140,9 +140,17 @@ class Setting:
 
 def resettable(learn): learn.model.resets = []; learn.model.reset = lambda: learn.model.resets.append(1)
 
-# (targets, loss, what else): tasks without one class label an image
+def soft(x, y): return F.one_hot(y, 10)*.8 + .02,
+def column(x, y): return y[:, None],
+def column_loss(o, y): return F.cross_entropy(o, y[:, 0])
+# (targets, loss): the images have classes, in another form than one label (B,)
+CLASSES = {
+    "several labels per image (`MultiCategoryBlock`)": (multi_label, nn.BCEWithLogitsLoss()),
+    "class probabilities, one-hot vectors": (soft, nn.CrossEntropyLoss()),
+    "class labels of shape (B, 1)": (column, column_loss),
+}
+# (targets, loss, what else): tasks without classes
 TASKS = {
-    "several labels per image": (multi_label, nn.BCEWithLogitsLoss(), {}),
     "regression": (number, lambda o, y: ((o.mean(1, keepdim=True) - y)**2).mean(), {}),
     "segmentation": (pixels, nn.CrossEntropyLoss(), dict(before=lambda l: setattr(l, "model", Segmenter(l.model)), nets=("cnn",))),
     "several targets": (two, lambda o, a, b: F.cross_entropy(o, a) + o.mean()*b.mean(), {}),
@@ -158,7 +166,9 @@ SETTINGS = {
     "`torch.compile`d model": Setting(fit=compiled, note="modules inside are found"),
     "activation checkpointing (timm)": Setting(fit=checkpointed, nets=("vit",)),
     # Other tasks
-    **{name: task(*t, result={"fitted": "acts", "universal": "watches"}, note="no class labels: the universal oracle watches unless `when` says otherwise") for name, t in TASKS.items()},
+    **{name: task(*t, {}, note="two images share what their vectors have in common" if "labels per" in name else "") for name, t in CLASSES.items()},
+    "several labels per image, `MixUp`": Setting(lambda p: [Targets(multi_label), MixUp()], loss=nn.BCEWithLogitsLoss(), note="fastai mixes the vectors"),
+    **{name: task(*t, result={"fitted": "acts", "universal": "watches"}, note="no classes: the universal oracle watches unless `when` says otherwise, and a warning in the first step says so") for name, t in TASKS.items()},
     **{f"{name}, `when=0.`": task(*t, oracles=("universal",), ral=dict(when=0.), note="by scores without labels") for name, t in TASKS.items()},
     # Other callbacks
     "`MixUp`": Setting(lambda p: [MixUp()], note="the universal oracle receives class shares"),
@@ -179,7 +189,9 @@ SETTINGS = {
     "a short last batch": Setting(learner=dict(n=72), check=five_steps),
     "a last batch of fewer than 8 images": Setting(learner=dict(n=68), oracles=("universal",), result="partly", note="the universal oracle scores batches of 8 or more; that step is plain, and counted as `not_valid`"),
     "batch size 1": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("fitted",)),
-    "batch size 1, universal oracle": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("universal",), result="not_valid", note="as above"),
+    "batch size 1, universal oracle": Setting(learner=dict(bs=1, n=16), nets=("vit",), oracles=("universal",), result="fills", note="from the step on in which an automatic memory bank holds 7 images and one of the same class"),
+    "batches of 4, universal oracle": Setting(learner=dict(bs=4, n=64), oracles=("universal",), result="fills", note="from the step on in which an automatic memory bank holds enough images"),
+    "batches of 4, `memory=0`": Setting(learner=dict(bs=4, n=16), oracles=("universal",), result="not_valid", ral=dict(memory=0), note="a warning says that the oracle scores 8 images or more"),
 }
 
 # What is no way of training: (what, what holds, networks and oracles, the test that proves it)
@@ -191,6 +203,9 @@ OTHERS = [
     ("`ClassificationInterpretation`", "the same top losses, confusion matrix and pictures, and nothing else changed", "CNN, ViT; fitted, universal, recorder", "test_settings.py::test_interpretation_is_untouched"),
     ("`fine_tune` of a `vision_learner`, body frozen then not", "works in both fits: norm layers train on in the frozen body, so its maps carry gradient", ALL, "test_settings.py::test_fine_tuning_freezes_the_body_and_trains_it_then"),
     ("a frozen body without trainable norm layers (`train_bn=False`)", "steps stay plain, and a warning says so", "CNN; fitted", "test_callback.py::test_a_frozen_body_is_told"),
+    ("any targets, batch size, number of classes, frozen or not", "RAL acts, or a warning names the cause", "CNN; fitted, universal", "test_nothing_silent.py::test_ral_acts_or_says_why_not"),
+    ("60 classes, batches of 16", "works; a memory bank of 224 images is switched on, with a warning", "CNN; universal", "test_nothing_silent.py::test_many_classes_switch_a_bank_on"),
+    ("two `FMCECallback`s on one Learner", "refused before the first step, unless one of them only watches (`alpha=0`)", ALL, "test_nothing_silent.py::test_two_callbacks_are_refused"),
     ("a network, or a stage of it, that `torch.compile` compiled in an earlier call", "refused: `TapError`, \"No feature map arrived ... call torch._dynamo.reset()\"", "CNN; fitted, universal", "test_settings.py::test_a_network_that_was_compiled_before_is_told_and_helped"),
     ("`GradientAccumulation`: the gradient", "the exact mean of its batches' gradients", ALL, "test_callback.py::test_gradient_accumulation_divides_ral_like_the_task_loss"),
     ("Ctrl-C, exceptions, `Cancel...Exception` in any event", "no hook is left, random state and modes are as without the callback; columns and helper are removed by the next fit, `validate` or `detach()`, and the next fit is unaffected", ALL, "test_callback.py::test_nothing_is_left_however_a_fit_ends"),
@@ -235,7 +250,7 @@ OTHERS = [
 
 def table():
     "The table of the documentation, in Markdown."
-    words = {"acts": "works", "watches": "watches", "partly": "works, but for that step", "not_valid": "stays plain"}
+    words = {"acts": "works", "watches": "watches", "partly": "works, but for that step", "not_valid": "stays plain", "fills": "works"}
     def says(result):
         return words[result] if isinstance(result, str) else "; ".join(f"{o} oracle: {words[r]}" for o, r in result.items())
     nets = dict(cnn="CNN", vit="ViT")

@@ -72,6 +72,7 @@ def test_the_table(name, net, oracle, tmp_path):
     last = h[h.module == h.module.iloc[-1]]
     if expected == "acts": assert (last.acted == last.steps).all()
     elif expected == "watches": assert (last.watched == last.steps).all() and h.fmcs.notna().all()
+    elif expected == "fills": assert last.acted.iloc[0] > 0 and (last.acted == last.steps).iloc[1:].all()
     elif expected == "partly": assert (last.acted == last.steps-1).all() and (last.not_valid == 1).all()
     else: assert (last[expected] == last.steps).all()
     assert np.isfinite(formula.seen).all() and max(formula.seen) < (2e-2 if "autocast" in name else 1e-5)

@@ -373,7 +373,7 @@ def test_memory_scores_a_batch_together_with_the_last_images(monkeypatch):
         assert not torch.allclose(want.fmcs[:n, 1:], alone.fmcs[:, 1:], atol=1e-3)  # the other images matter
     assert cb._bank.targets is None  # nothing is held after the fit
 
-def test_memory_is_off_by_default_and_lets_small_batches_be_scored():
+def test_memory_lets_small_batches_be_scored_and_is_automatic():
     def acted(memory):
         cb = FMCECallback(.9, memory=memory)
         learn = make_learner(bs=4, cbs=cb)
@@ -381,9 +381,10 @@ def test_memory_is_off_by_default_and_lets_small_batches_be_scored():
             warnings.simplefilter("ignore")
             learn.fit(1)
         return cb.history.acted.iloc[0], cb.history.steps.iloc[0]
-    assert FMCECallback(.9).memory == 0 and acted(0)[0] == 0
-    n, of = acted(64)
-    assert n > .9*of
+    assert FMCECallback(.9).memory == "auto" and acted(0)[0] == 0
+    for memory in (64, "auto"):
+        n, of = acted(memory)
+        assert n > .9*of
 
 @pytest.mark.parametrize("mixer", [MixUp, CutMix])
 def test_memory_of_mixed_images(mixer):

@@ -31,7 +31,8 @@ def universal_oracle(
 def _ral(study, alpha, oracle, cls=FMCECallback, **kwargs):
     "RAL with the study's taps and FMCS loss."
     taps = list(study.taps) or None
-    return dict(cbs=[cls(alpha, oracle, taps=taps, fmcs_loss=study.fmcs_loss, **kwargs)])
+    settings = dict(memory=0) | kwargs  # no automatic bank: arms differ in what their names say
+    return dict(cbs=[cls(alpha, oracle, taps=taps, fmcs_loss=study.fmcs_loss, **settings)])
 
 def _plain(study, alpha, seed, folder): return {}
 def _scaled(study, alpha, seed, folder): return dict(cbs=[ScaledLoss(1-alpha)])

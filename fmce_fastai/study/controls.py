@@ -37,7 +37,8 @@ class Placebo(FMCECallback):
         study, # `Study`; its `taps` and `fmcs_loss` are used
         seed:int, # Of the oracle's weights
     ):
-        super().__init__(alpha, when=0., taps=list(study.taps) or None, fmcs_loss=study.fmcs_loss)
+        taps = list(study.taps) or None
+        super().__init__(alpha, when=0., taps=taps, fmcs_loss=study.fmcs_loss, memory=0)
         self.placebo_seed = seed
 
     def find_taps(self):

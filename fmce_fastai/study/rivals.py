@@ -17,7 +17,7 @@ from fastai.callback.core import Callback
 from ..maps.tap import FeatureTap
 from ..maps.find import tap_plan
 from ..oracle.kernels import same_class
-from ..train.targets import class_targets
+from ..train.targets import oracle_targets
 from ..train.callback import FMCECallback
 
 # %% ../../nbs/07c_study.rivals.ipynb #a4461f77
@@ -47,7 +47,7 @@ class AddLoss(Callback):
 
     def after_loss(self):
         maps = self.tap.take()
-        aux = self.fn(self, {n:maps[n] for n in self.counted}, class_targets(self.learn.yb))
+        aux = self.fn(self, {n:maps[n] for n in self.counted}, oracle_targets(self.learn.yb))
         self.learn.loss_grad = self.weights[0]*self.learn.loss_grad + self.weights[1]*aux
 
 # %% ../../nbs/07c_study.rivals.ipynb #ad82dca1

@@ -54,13 +54,14 @@ def check_when(
 
 # %% ../../nbs/04g_train.arguments.ipynb #7d9d037c
 def check_memory(
-    memory, # Number of images in the memory bank
+    memory, # Number of images in the memory bank, or `'auto'`
     oracle, # The oracle, or None for the universal one
-) -> int:
-    "`memory` as an int. Raises `ValueError` for no number of images, and for an oracle that cannot use a bank."
+): # `'auto'` or an int
+    "`memory`, checked. Raises `ValueError` for no number of images, and for an oracle that cannot use a bank."
+    if isinstance(memory, str) and memory == 'auto': return memory
     is_number = isinstance(memory, (int, np.integer)) and not isinstance(memory, bool)
     if not is_number or memory < 0:
-        raise ValueError(f"memory is {memory!r}; give a number of images, 0 for none.")
+        raise ValueError(f"memory is {memory!r}; give a number of images, 0 for none, or 'auto'.")
     if memory and oracle is not None and not uses_neighbours(oracle):
         raise ValueError(f"memory is {memory}, but the oracle is a {type(oracle).__name__}: "
                          "it scores each image by itself. Leave memory out, or use the universal oracle.")

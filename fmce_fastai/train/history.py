@@ -36,6 +36,8 @@ class TrainingStep:
     fmcs:torch.Tensor      # (M,) mean FMCS of the valid images, NaN where there is none
     fmcs_loss:torch.Tensor # (M,) NaN where no image is valid
     norms:GradientNorms    # Filled in the step's backward pass
+    paired:torch.Tensor = torch.tensor(torch.nan) # Scalar, share of the images that had a pair
+    cause:str|None = None  # Why RAL did not act though alpha is above 0, in words
 
 def mean_fmcs(
     scores, # `Scores` of an oracle
@@ -51,6 +53,7 @@ class EpochMeans(NamedTuple):
     table:np.ndarray   # (3,) FMCS loss and FMCS of the modules that count, FMCS of the last module
     modules:np.ndarray # (M, 3) FMCS, FMCS loss, gradient ratio
     curve:np.ndarray   # (CURVE_BINS, M) FMCS
+    paired:np.ndarray  # (1,) share of the images that had a pair
 
 def nan_mean(a): return float(np.nanmean(a)) if np.isfinite(a).any() else float('nan')
 
@@ -86,7 +89,8 @@ def epoch_means(
     table = [nan_mean(loss[:,counted]), nan_mean(fmcs[:,counted]), nan_mean(fmcs[:,-1])]
     rows = [[nan_mean(fmcs[:,j]), nan_mean(loss[:,j]), gradient_ratio(steps, names[j])] for j in modules]
     curve = [[nan_mean(fmcs[a:b,j]) for j in modules] for a,b in curve_bins(len(steps))]
-    return EpochMeans(*(np.array(part, dtype=float) for part in (table, rows, curve)))
+    paired = [nan_mean(stack_steps(steps, 'paired'))]
+    return EpochMeans(*(np.array(part, dtype=float) for part in (table, rows, curve, paired)))
 
 def agreed_means(
     means:EpochMeans, # Of this process
@@ -101,7 +105,7 @@ def agreed_means(
 class TrainingHistory:
     "Rows of `history` and `curve`, and the task losses, over all fits of a callback."
     columns = ('fit', 'epoch', 'module', 'fmcs', 'fmcs_loss', 'gradient_ratio',
-               'alpha', 'steps', 'acted', *REASONS)
+               'alpha', 'steps', 'acted', *REASONS, 'paired')
     curve_columns = ('fit', 'epoch', 'module', 'fmcs')
 
     def __init__(self):
@@ -112,16 +116,19 @@ class TrainingHistory:
         self.last_means = dict.fromkeys(TABLE_COLUMNS, float('nan'))  # of the last epoch
         self.steps = []            # of the epoch in progress
         self.reasons = Counter()   # steps of the fit in progress by reason; None where RAL acted
+        self.causes = Counter()    # those of them where alpha is above 0, by cause in words
 
     def start_fit(self):
         "Begin the records of the next fit."
         self.n_fits += 1
         self.steps = []
         self.reasons = Counter()
+        self.causes = Counter()
 
     def add(self, step:TrainingStep):
         "Add a step of the epoch in progress."
         self.reasons[step.plain] += 1
+        if step.cause: self.causes[step.cause] += 1
         self.steps.append(step)
 
     def close_epoch(self,
@@ -138,7 +145,7 @@ class TrainingHistory:
         self._add_curve(means.curve, names, epoch, n_batches)
         self._add_task_losses(n_batches)
         self.last_means = dict(zip(self.last_means, means.table.tolist()))
-        self._add_rows(means.modules, names, epoch)
+        self._add_rows(means.modules, names, epoch, float(means.paired[0]))
         self.steps = []
 
     def _add_curve(self, curve, names, epoch, n_batches):
@@ -151,17 +158,17 @@ class TrainingHistory:
         losses = np.array([stack_steps(self.steps, 'task_loss'), [s.lr for s in self.steps]], np.float32)
         self.task_losses.setdefault(self.n_fits, []).append((losses, n_batches))
 
-    def _add_rows(self, modules, names, epoch):
+    def _add_rows(self, modules, names, epoch, paired):
         reasons = Counter(s.plain for s in self.steps)
         alpha = float(np.mean([s.alpha for s in self.steps]))
         counts = [len(self.steps), reasons[None], *(reasons[r] for r in REASONS)]
         for name,means in zip(names, modules.tolist()):
-            self.rows.append([self.n_fits, epoch, name, *means, alpha, *counts])
+            self.rows.append([self.n_fits, epoch, name, *means, alpha, *counts, paired])
 
     def inaction(self) -> dict: # Reason -> steps
-        "Why RAL acted in no step of the fit; empty if it acted, or was only to watch."
-        if self.reasons[None]: return {}
-        return {r:n for r,n in self.reasons.items() if r not in (None, 'watched')}
+        "The steps by reason if RAL acted in none though alpha was above 0; else empty. See `causes`."
+        if self.reasons[None] or not self.causes: return {}
+        return {r:n for r,n in self.reasons.items() if r is not None}
 
     def frame(self): return pd.DataFrame(self.rows, columns=list(self.columns))
 
