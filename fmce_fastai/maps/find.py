@@ -83,7 +83,7 @@ def _probe(root, backbone, x, size):
 
 def _timm_taps(root, prefix, backbone, timm_input, probe, plan):
     "The verified taps of timm's maps, and a note on those that have none."
-    if len(timm_input) != probe.shape[0]: return TimmTaps(), "forward_intermediates gets several inputs as one batch"
+    if len(timm_input) != probe.shape[0]: return TimmTaps(), _joined_note(timm_input, probe)
     try:
         timm = taps_from_intermediates(root, prefix, backbone, timm_input, probe)
         if timm.taps: timm.taps = verified_taps(timm, plan, root, probe.x)
@@ -92,6 +92,9 @@ def _timm_taps(root, prefix, backbone, timm_input, probe, plan):
         return TimmTaps(), f"forward_intermediates failed: {str(e).strip() or type(e).__name__}"
     lost,n = sum(t is None for t in timm.taps),len(timm.taps)
     return timm, f"{lost} of {n} maps of forward_intermediates are no module's output" if lost else ''
+
+def _joined_note(timm_input, probe):
+    return f"timm's network gets {len(timm_input)} images for {probe.shape[0]}, so its maps have no row per image"
 
 def _guessed_maps(backbone, probe):
     "Source and maps for a network without usable maps of timm's."

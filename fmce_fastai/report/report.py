@@ -181,7 +181,8 @@ def fmce_report(
     of no use for these classes.
 
     Raises `TypeError` if the first argument is not a Learner or network, or `dl` not a loader;
-    `ValueError` without images or with too few; `TapError` if no maps can be read."""
+    `ValueError` without images or with too few; `TapError` if no maps can be read, or if the loader's
+    inputs hold no images (B, C, H, W)."""
     model,dl = _model_and_loader(learn_or_model, dl)
     oracle = FMCENet.universal() if oracle is None else as_oracle(oracle)
     items = _sample_items(dl, n_images, oracle, seed)
