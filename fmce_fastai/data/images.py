@@ -119,6 +119,11 @@ def _to_tensor(o):
                     "an array (H, W, channels) or a tensor (channels, H, W).")
 
 # %% ../../nbs/06a_data.images.ipynb #5298be5d
+def _size_of(o):
+    "The shape of an array or tensor, or the size of a PIL image, in words."
+    if isinstance(o, Image.Image): return f"size {o.width}x{o.height}"
+    return f"shape {tuple(o.shape)}"
+
 def as_bytes(
     o, # Path, file contents as `bytes`, PIL image, array (H, W[, channels]), tensor ([channels, ]H, W)
 ) -> torch.Tensor: # Bytes, (3, H, W); a grey image is repeated
@@ -134,6 +139,6 @@ def as_bytes(
     if x.shape[0] == 4: x = x[:3] # alpha carries no information about the class
     if x.shape[0] not in (1,3) or 0 in x.shape:
         raise DataError("An image has 1 or 3 channels and at least one pixel, "
-                        f"got shape {tuple(o.shape)} for {type(o).__name__}. "
+                        f"got {_size_of(o)} for {type(o).__name__}. "
                         "Arrays are (H, W, channels), tensors (channels, H, W).")
     return byte_pixels(x).expand(3,-1,-1)

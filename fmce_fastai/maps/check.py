@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..util.state import keep_buffers, keep_modes
+from .inputs import run
 from .plan import TapPlan, tensor_leaves
 from .probe import probe_input
 from .tap import FeatureTap
@@ -40,7 +41,7 @@ def _check_map(name, fmap, edges, task, weights):
 def check_taps(
     model:nn.Module, # Any network
     plan:TapPlan, # Its taps
-    x:torch.Tensor|None=None, # Input (B, C, H, W), two images or more; default: noise of the probe's size
+    x=None, # Input (B, C, H, W), two images or more, or the tuple of inputs; default: noise of the probe's size
 ): # DataFrame, one row per tap
     """What a training step finds at each tap. Columns:
 
@@ -55,11 +56,11 @@ def check_taps(
     import pandas as pd
     if x is None: x = probe_input(model, tuple(plan.probe[2:]), plan.probe[1])
     weights = [p for p in model.parameters() if p.requires_grad]
-    random = torch.random.fork_rng(devices=[x.device] if x.device.type == 'cuda' else [])
+    random = torch.random.fork_rng(devices=[t.device for _,t in tensor_leaves(x) if t.is_cuda][:1])
     with keep_modes(model), keep_buffers(model), random, torch.enable_grad():
         model.train()
         tap = FeatureTap(plan).arm(model)
-        out = model(x)
+        out = run(model, x)
         edges,maps = tap.edges(),tap.take()
         task = sum(t.float().square().mean() for _,t in tensor_leaves(out) if t.is_floating_point())
         return pd.DataFrame([_check_map(t.name, maps.get(t.name), edges, task, weights) for t in plan])

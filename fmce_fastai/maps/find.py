@@ -17,8 +17,9 @@ from torch import nn
 
 from ..util.state import unwrap
 from .given import taps_from_names
+from .inputs import describe_inputs, first_image, map_tensors
 from .intermediates import find_timm_model, inputs_of, taps_from_intermediates, TimmTaps, verified_taps
-from .plan import find_backbone, TapError, TapPlan
+from .plan import find_backbone, TapError, TapPlan, tensor_leaves
 from .probe import arch_name, FORWARD_ERRORS, make_tap, probe_input, probe_network, tap_readings
 from .stages import maps_from_feature_info, maps_from_stages
 
@@ -61,11 +62,11 @@ def _module_key(name, module):
     return name, type(module), code, *_settings(module), shapes
 
 def _cache_key(root, taps, x, size):
-    "All that the plan of a network depends on: its modules, the images, and what to tap."
+    "All that the plan of a network depends on: its modules, its inputs, and what to tap."
     modules = tuple(_module_key(n, m) for n,m in root.named_modules())
     given_size = size if x is None else None
     if x is None: x = probe_input(root, size)
-    return modules, tuple(x.shape), x.device.type, repr((taps, given_size))
+    return modules, repr(map_tensors(x, lambda t: (tuple(t.shape), t.device.type))), repr((taps, given_size))
 
 def _can_cache(taps):
     "True if `taps` are names, or left out: a module in `taps` belongs to one network."
@@ -78,10 +79,11 @@ def _probe(root, backbone, x, size):
     _,timm_model = find_timm_model(backbone)
     with nullcontext([]) if timm_model is None else inputs_of(timm_model) as seen:
         probe = probe_network(root, backbone, x, size)
-    return probe, seen[-1] if seen else probe.x
+    return probe, seen[-1] if seen else probe.image
 
 def _timm_taps(root, prefix, backbone, timm_input, probe, plan):
     "The verified taps of timm's maps, and a note on those that have none."
+    if len(timm_input) != probe.shape[0]: return TimmTaps(), _joined_note(timm_input, probe)
     try:
         timm = taps_from_intermediates(root, prefix, backbone, timm_input, probe)
         if timm.taps: timm.taps = verified_taps(timm, plan, root, probe.x)
@@ -90,6 +92,9 @@ def _timm_taps(root, prefix, backbone, timm_input, probe, plan):
         return TimmTaps(), f"forward_intermediates failed: {str(e).strip() or type(e).__name__}"
     lost,n = sum(t is None for t in timm.taps),len(timm.taps)
     return timm, f"{lost} of {n} maps of forward_intermediates are no module's output" if lost else ''
+
+def _joined_note(timm_input, probe):
+    return f"timm's network gets {len(timm_input)} images for {probe.shape[0]}, so its maps have no row per image"
 
 def _guessed_maps(backbone, probe):
     "Source and maps for a network without usable maps of timm's."
@@ -112,6 +117,7 @@ def _find_plan(model, taps, x, size):
     # fastai calls the parts of a backbone, so its own output is no tap. Users may name modules outside it
     inside,outside = probe.inside(prefix),probe.outside(prefix)
     plan = TapPlan(arch_name(backbone), 'forward_intermediates', [], probe.shape)
+    _refuse_joined(plan.arch, probe)
     timm,plan.note = _timm_taps(root, prefix, backbone, timm_input, inside, plan)
     every = isinstance(taps, str) and taps == 'all'
     if taps is None or every:
@@ -124,6 +130,16 @@ def _find_plan(model, taps, x, size):
     order = [*inside.outputs, *outside.outputs]
     plan.taps = sorted(_unique(plan.taps), key=lambda t: order.index(t.hook or t.module))
     return plan
+
+def _refuse_joined(arch, probe):
+    "Raise `TapError` for a network of several images whose maps are all those of several images together."
+    n = probe.shape[0]
+    n_inputs = sum(t.ndim == 4 for _,t in tensor_leaves(probe.x))
+    rows = {s[0] for o in probe.outputs.values() for s in o.shapes.values() if len(s) > 2}
+    if n_inputs < 2 or not rows or n in rows: return
+    raise TapError(f"{arch} returns maps of {max(rows)} images for {n}: it joins its inputs into one batch. "
+                   "Taps read maps with one row per image, so let the network call its modules for one input "
+                   "after the other.")
 
 def _mark_overwritten(plan, root, x):
     "Set `inplace` of the taps whose maps are overwritten by a later layer."
@@ -148,29 +164,31 @@ def _check_arguments(model, taps, x, size):
                         "pass `learn.model` of a Learner.")
     if size is not None and not _is_size(size):
         raise ValueError(f"size is {size!r}; pass the images' side in pixels, or a (height, width) pair.")
-    if x is not None and not (isinstance(x, torch.Tensor) and x.ndim == 4):
-        found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x is {found}; pass a batch of images, a tensor (B, C, H, W).")
+    if x is not None and first_image(x) is None:
+        raise TypeError(f"x is {describe_inputs(x)}; pass a batch of images, a tensor (B, C, H, W), "
+                        "or the tuple of all inputs of the network, with images among them.")
     if isinstance(taps, (list, tuple)) and not taps:
         raise TapError("taps is empty; name at least one module, or leave it out for the default.")
 
 def tap_plan(
     model:nn.Module, # Any network: timm, torchvision, your own; bare or inside a fastai learner
     taps=None, # Names, wildcards, modules, or `'all'`; default: the last map per resolution, or four of one
-    x:torch.Tensor|None=None, # Probe input (B, C, H, W); default: `probe_input(model, size)`
+    x=None, # Probe input (B, C, H, W), or the tuple of all inputs as in `learn.xb`; default: `probe_input(model, size)`
     size:int|tuple|None=None, # Image size of the default probe input, in pixels
     cache:bool=True, # Reuse an earlier plan for the same modules, settings, weight shapes, image size
 ) -> TapPlan: # The taps in the order in which they run
     """Which modules of `model` to tap: those of timm's own maps, else those that timm lists, else its stages.
 
-    `'all'` stands for every map of the source, such as all of timm's maps.
+    `'all'` stands for every map of the source, such as all of timm's maps. A tuple `x` holds the network's
+    arguments, `model(*x)`; anything else, such as a dict, is its only one. Modules that run several times, as
+    the shared encoder of a siamese network, are read at their last call.
 
     Runs a few forwards, one of them in training mode; weights, buffers, modes, gradients and random state stay
     as they were. Raises `TapError` if a name matches nothing, if a module returns no map, or if the network
-    refuses the image size."""
+    refuses the inputs, or joins several images of a row into one batch."""
     _check_arguments(model, taps, x, size)
     with torch.inference_mode(False):  # tensors made in that mode have neither a graph nor a count of writes
-        if x is not None and x.is_inference(): x = x.clone()
+        x = map_tensors(x, lambda t: t.clone() if t.is_inference() else t)
         if not (cache and _can_cache(taps)): return _find_plan(model, taps, x, size)
         key = _cache_key(unwrap(model), taps, x, size)
         if key not in _PLANS: _PLANS[key] = _find_plan(model, taps, x, size)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..util.state import quiet_eval
+from .inputs import first_image, run
 from .layout import FoundMap, layout_by_graph, layouts_by_shape, MapLayout, MapSource, order_unknown
 from .layout import PERMUTING_NODES, REARRANGING_NODES
 from .plan import dotted, first_tensor, Tap, TapError, tensor_leaves
@@ -119,9 +120,10 @@ def _equal_outputs(root, prefix, home, x, missing):
 
     `missing` are the indices of timm's maps to look for; names are those inside the backbone."""
     copied = randomize_scales(copy.deepcopy(root))
-    timm_model = copied.get_submodule(prefix + home)
-    with inputs_of(timm_model) as seen, quiet_eval(copied): copied(x)
-    maps,_ = _timm_maps(timm_model, seen[-1] if seen else x)
+    backbone = copied.get_submodule(prefix.removesuffix('.'))
+    timm_model = backbone.get_submodule(home)
+    with inputs_of(timm_model) as seen, quiet_eval(copied): run(copied, x)
+    maps,_ = _timm_maps(timm_model, seen[-1] if seen else first_image(x))
     maps = {i:maps[i].detach() for i in missing}
     found = {}
     def look(name, element, t):
@@ -234,7 +236,7 @@ def verified_taps(
     found:TimmTaps, # From `taps_from_intermediates`
     plan, # A `TapPlan`; its own taps are not used
     model:nn.Module, # The network
-    x:torch.Tensor, # The probe's input
+    x, # The probe's input, or the tuple of its inputs
 ) -> list: # `Tap` or None for each of timm's maps
     "The taps that read timm's maps by value in an ordinary forward, with `inplace`; None in place of others."
     unique = list({t.name:t for t in found.taps if t is not None}.values())

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..util.state import keep_buffers, quiet_eval, unwrap
+from .inputs import describe_inputs, first_image, run
 from .layout import FoundMap
 from .plan import dotted, element_suffix, find_backbone, first_tensor, get_module, is_outside
 from .plan import Tap, TapError, tensor_leaves
@@ -51,9 +52,9 @@ class ModuleOutput:
     module:nn.Module  # The module
     shapes:dict       # Element -> shape of the output tensor there
     input_shape:tuple # Shape of its first tensor input, or ()
-    layers:int        # Layers of the body, with weights of their own, that had run by then
     passed_on:set     # Elements that a container returned as it got them from its last child
     refs:dict         # Element -> weak reference to the tensor: a probe must not keep all outputs alive
+    layers:int=0      # Layers of the body, with weights of their own, whose last call had ended by then
 
     @property
     def has_weights(self): return next(self.module.parameters(), None) is not None
@@ -65,12 +66,15 @@ class ModuleOutput:
 @dataclass
 class ProbeResult:
     "What one forward showed of a network."
-    x:torch.Tensor # The images
-    outputs:dict   # Module name -> `ModuleOutput`, in order of completion
-    layers:int     # Layers of the body with weights of their own
+    x:object     # The input, or the tuple of inputs
+    outputs:dict # Module name -> `ModuleOutput`, in order of completion
+    layers:int   # Layers of the body with weights of their own
 
     @property
-    def shape(self): return tuple(self.x.shape)
+    def image(self): return first_image(self.x)
+
+    @property
+    def shape(self): return tuple(self.image.shape)
 
     def inside(self, prefix):
         "The result for the modules below `prefix`, by their names there; that of `prefix` itself is left out."
@@ -88,39 +92,44 @@ def last_child(name, module):
     if not isinstance(module, nn.Sequential) or not len(module): return None
     return f'{name}.{list(module._modules)[-1]}'
 
-def _is_body_layer(module, tensors):
-    "True if `module` has weights of its own and returns maps: a classifier's outputs, (B, C), are none."
-    if max(t.ndim for t in tensors.values()) <= 2: return False
-    return next(module.parameters(recurse=False), None) is not None
+def _is_body_layer(output):
+    "True for a module with weights of its own that returns maps: a classifier's outputs, (B, C), are none."
+    if max(map(len, output.shapes.values())) <= 2: return False
+    return next(output.module.parameters(recurse=False), None) is not None
 
 def probe_forward(
     model:nn.Module, # Any network
-    x:torch.Tensor, # Its input
+    x, # Its input, or the tuple of its inputs
     look=None, # Called with (name, element, tensor) for each output as soon as it is there
 ) -> ProbeResult:
     "Run `model` on `x` and note every submodule that returns a tensor, at its last call."
-    outputs,layers = {},0
+    outputs = {}
     def see(name, module, args, out):
-        nonlocal layers
         tensors = dict(tensor_leaves(out))
         if not tensors: return
         if look is not None:
             for element,t in tensors.items(): look(name, element, t)
-        layers += _is_body_layer(module, tensors)
-        outputs.pop(name, None)
+        outputs.pop(name, None)  # so they are in the order of their last calls
         child = outputs.get(last_child(name, module))
-        outputs[name] = _module_output(module, args, tensors, layers, child)
-    with watch_outputs(model, see), quiet_eval(model): model(x)
-    return ProbeResult(x, outputs, layers)
+        outputs[name] = _module_output(module, args, tensors, child)
+    with watch_outputs(model, see), quiet_eval(model): run(model, x)
+    return ProbeResult(x, outputs, _count_layers(outputs))
 
-def _module_output(module, args, tensors, layers, child):
+def _count_layers(outputs):
+    "Set `layers` of every output, and return how many there are."
+    n = 0
+    for output in outputs.values():
+        n += _is_body_layer(output)
+        output.layers = n
+    return n
+
+def _module_output(module, args, tensors, child):
     "The `ModuleOutput` of a call that returned `tensors`; `child` is that of the last child, or None."
     arg = first_tensor(args)
     return ModuleOutput(
         module,
         shapes={e:tuple(t.shape) for e,t in tensors.items()},
         input_shape=tuple(arg.shape) if arg is not None else (),
-        layers=layers,
         passed_on={e for e,t in tensors.items() if child is not None and child.holds(e, t)},
         refs={e:weakref.ref(t) for e,t in tensors.items()})
 
@@ -175,7 +184,7 @@ def probe_input(
 def probe_network(
     root:nn.Module, # The network to run
     backbone:nn.Module, # Its backbone; timm's description of it decides which image sizes to try
-    x:torch.Tensor|None, # Input, or None for noise
+    x, # Input, or the tuple of inputs; None for noise
     size:int|tuple|None, # Image size of the noise; None to try several
 ) -> ProbeResult:
     "Probe a network with `x`, or with noise of a size that it accepts. Raises `TapError` if it accepts none."
@@ -188,11 +197,12 @@ def probe_network(
     raise TapError(_refusal(backbone, *first)) from first[1]
 
 def _refusal(backbone, x, error):
-    "The message for a network that raised `error` for the images `x`."
+    "The message for a network that raised `error` for the input `x`."
     text = str(error).strip() or type(error).__name__
     if not text.endswith('.'): text += '.'
-    message = (f"{arch_name(backbone)} does not run on an input of shape {tuple(x.shape)}: {text} "
-               "Pass an image size that it accepts, `size=`, or a batch of images, `x=`.")
+    given = f"inputs {describe_inputs(x)}" if isinstance(x, tuple) else f"an input of shape {tuple(x.shape)}"
+    message = (f"{arch_name(backbone)} does not run on {given}: {text} Pass an image size that it accepts, "
+               "`size=`, or a batch, `x=`: images, or the tuple of all its inputs, `x=(a, b)`.")
     own = tuple(timm_cfg(backbone).get('input_size', ())[-2:])
     if not own: return message
     return (f"{message} timm lists {own[0]}x{own[1]} for it; many such networks accept another size "
@@ -277,14 +287,14 @@ def _watch_taps(model, plan):
 def tap_readings(
     model:nn.Module, # Any network
     plan, # Its `TapPlan`
-    x:torch.Tensor, # Images
+    x, # Its input, or the tuple of its inputs
 ) -> dict: # Tap name -> `TapReading`
     "What each tap reads in eval mode, and whether its map is overwritten there or in training mode."
     with keep_buffers(model), _watch_taps(model, plan) as seen, quiet_eval(model):
-        model(x)
+        run(model, x)
         readings = {n:TapReading(s.tap.arrange(s.values), s.overwritten) for n,s in seen.items()}
         seen.clear()
         # Dropout in place, for one, writes only in training mode, where a network may refuse two images
-        with suppress(*FORWARD_ERRORS): model.train()(x)
+        with suppress(*FORWARD_ERRORS): run(model.train(), x)
         in_training = {n for n,s in seen.items() if s.overwritten}
     return {n:r._replace(overwritten=r.overwritten or n in in_training) for n,r in readings.items()}

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .plan import first_tensor, TapError, TapPlan
+from .inputs import first_image
+from .plan import TapError, TapPlan
 
 # %% ../../nbs/02c_maps.tap.ipynb #2846c6be
 class _Reading(dict):
@@ -60,7 +61,7 @@ class FeatureTap:
         self._image = None   # (H, W) of its images
 
     def arm(self,
-        model:nn.Module, # The module whose next forward is read; call it as `model(x)`
+        model:nn.Module, # The module whose next forward is read; call it as `model(x)`, `model(a, b)`
     ):
         "Read the next forward of `model`. Raises `TapError` if it lacks a tapped module."
         self.detach()
@@ -76,8 +77,8 @@ class FeatureTap:
         return self
 
     def _begin(self, module, args, kwargs):
-        x = first_tensor((*args, *kwargs.values()))
-        self._image = tuple(x.shape[-2:]) if x is not None and x.ndim == 4 else None
+        image = first_image((args, kwargs))
+        self._image = tuple(image.shape[-2:]) if image is not None else None
         reading = _Reading(kwargs)
         self._reading = weakref.ref(reading)
         return args,reading  # PyTorch holds the arguments during the forward, the tap does not

@@ -16,6 +16,7 @@ import torch
 
 from ..util.state import unwrap
 from ..maps.find import tap_plan
+from ..maps.inputs import describe_inputs
 from ..train.targets import class_targets
 from ..train.sample import read_batches
 from ..report.pictures import undo_normalize
@@ -184,6 +185,9 @@ def _sampled_images(dl, n, seed):
                        "Give a number up to that, or a tensor.")
     items = np.sort(np.random.default_rng(seed).permutation(len(dl.dataset))[:n])
     (x,y),*_ = read_batches(dl, items, n, 1)
+    if not isinstance(x, torch.Tensor):
+        raise CamError(f"The loader's inputs are {describe_inputs(x)}; "
+                       "compare_cams explains networks whose only input is images.")
     y = class_targets((y,))
     return detached_copy(x).cpu(),None if y is None else y.cpu().numpy()
 

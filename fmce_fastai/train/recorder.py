@@ -17,11 +17,12 @@ from fastai.distributed import DistributedDL
 
 from .. import __version__
 from ..maps.find import tap_plan
+from ..maps.inputs import first_rows, plain_inputs, require_images
 from ..maps.pool import pool_map
 from ..maps.tap import FeatureTap
 from ..oracle.dataset import DatasetError, FMCSDataset, MODES
 from .recording import check_bytes, make_folder, Recording
-from .sample import read_sample
+from .sample import read_sample, require_image_batches
 from ..util.distributed import errors_on_all_ranks, is_main
 from ..util.state import unwrap
 
@@ -45,8 +46,8 @@ class FMCSRecorder(Callback):
 
     With one recorder over several fits (`fine_tune` does two) each fit has its own data set, in `datasets`.
     After an interrupted fit, `finish()` labels what was recorded until then. Raises, before the first step,
-    `FileExistsError` for a folder that already holds something and `DatasetError` if the maps would exceed
-    `max_bytes` or the disk."""
+    `FileExistsError` for a folder that already holds something, `DatasetError` if the maps would exceed
+    `max_bytes` or the disk, and `TapError` if the inputs hold no images or the network has no maps."""
     order = 5  # before MixedPrecision (10) enters autocast: maps are recorded in full precision
     run_valid = False
 
@@ -143,8 +144,11 @@ class FMCSRecorder(Callback):
         bs = dl.bs if hasattr(dl, 'bs') else dl.batch_size
         n_batches = len(dl)  # of this process, where there are several
         if isinstance(dl, DistributedDL): dl = dl.dl  # every process reads the same images
+        require_image_batches(dl, type(self).__name__)
         sample = read_sample(dl, self.n_images, bs, self.sample_seed)
-        plan = tap_plan(self.model, self.tap_names, x=sample.eval_batches[0][0][:2].to(self._device))
+        x = sample.eval_batches[0][0]
+        require_images(x, type(self).__name__)
+        plan = tap_plan(self.model, self.tap_names, x=plain_inputs(first_rows(x), self._device))
         schedule = snapshot_steps(self._n_epochs()*n_batches, self.n_snapshots)
         n_bytes = check_bytes(plan, len(sample), len(schedule), self.max_bytes)
         path,temporary = make_folder(self._next_path(), n_bytes) if is_main() else (None, None)

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..maps.inputs import plain_inputs, run
 from ..maps.plan import TapError, TapPlan
 from ..maps.pool import pooled_grid
 from ..maps.tap import FeatureTap
@@ -81,13 +82,13 @@ def check_bytes(
 def read_maps(
     model:nn.Module, # The network, unwrapped
     tap:FeatureTap, # Where to read it
-    batches:list, # (x, y)
+    batches:list, # (x, y), as from `read_batches`
 ) -> dict: # Tap name -> (n, C, H, W), on the CPU
     "The maps of all images, in the network's present mode. Raises `TapError` if a module returns none."
     device = next(model.parameters()).device
     read = {n:[] for n in tap.plan.names}
     for x,_ in batches:
-        with tap.on(model): model(x.to(device))
+        with tap.on(model): run(model, plain_inputs(x, device))
         maps = tap.take()
         silent = [n for n in read if n not in maps]
         if silent: raise TapError(silent_message(silent, model.training))

@@ -14,6 +14,7 @@ import torch
 from fastai.callback.core import Callback
 
 from ..maps.find import tap_plan
+from ..maps.inputs import first_rows, require_images
 from ..maps.plan import TapError
 from ..maps.tap import FeatureTap
 from ..oracle.base import as_oracle, FMCENet, OracleError, Scores
@@ -138,10 +139,9 @@ class ScoringCallback(Callback):
 
     def find_taps(self):
         "Probe the network with the first batch, for the taps that the universal oracle reads."
-        x = self.xb[0]
-        if isinstance(x, torch.Tensor): x = x[:2].as_subclass(torch.Tensor)
+        require_images(self.xb, type(self).__name__)
         with torch.autocast(self.model_device.type, enabled=False):
-            plan = tap_plan(self.model, self.tap_names, x=x)
+            plan = tap_plan(self.model, self.tap_names, x=first_rows(self.xb))
         self.counted = counted_taps(plan, plan.names[-N_COUNTED:] if self.tap_names is None else None)
         self.feature_tap.plan = plan
         self.scorer = self.oracle.on(plan)
