@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/data.cache.html.md"""
 # %% auto #0
 __all__ = ['MAX_CACHE', 'cache_folder', 'digest', 'cached_arrays']
 
-# %% ../../nbs/06m_data.cache.ipynb #74500827
+# %% ../../nbs/06m_data.cache.ipynb #874099e3
 import hashlib
 import zipfile
 import zlib
@@ -19,12 +19,12 @@ from fastcore.xdg import xdg_cache_home
 
 from ..util.files import atomic_write, ForeignFileError, validated_file
 
-# %% ../../nbs/06m_data.cache.ipynb #a7629b94
+# %% ../../nbs/06m_data.cache.ipynb #9725b3d2
 MAX_CACHE = 1<<32 # bytes; larger files are not ours
 _NOT_USABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 def cache_folder(
-    cache:str=None, # Folder; None: `fmce_fastai` in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)
+    cache:str=None, # None: `fmce_fastai` in the user's cache folder, $XDG_CACHE_HOME or ~/.cache
 ) -> Path:
     "The folder for files that can be made again."
     return xdg_cache_home()/'fmce_fastai' if cache is None else Path(cache).expanduser()
@@ -38,7 +38,8 @@ def digest(
 def _check_members(path):
     "Raise unless the members of the archive are stored without compression, as NumPy writes them."
     with zipfile.ZipFile(path) as z: members = z.infolist()
-    if any(o.file_size != o.compress_size for o in members): raise ForeignFileError(f"{path.name} is compressed")
+    if any(o.file_size != o.compress_size for o in members):
+        raise ForeignFileError(f"{path.name} is compressed")
 
 def _read_arrays(path, key):
     "The arrays in `path`. Raises one of `_NOT_USABLE` unless they were saved with this key."
@@ -58,7 +59,7 @@ def cached_arrays(
     like:dict, # Array's name -> shape and data type, with None for a length that may vary
     cache:str=None, # Folder, as for `cache_folder`
 ) -> dict: # Array's name -> array
-    "What `make` returns, from the cache file if there is a valid one; otherwise the file is written."
+    "What `make` returns, from the cache file if there is a valid one; else the file is written."
     path = cache_folder(cache)/f'{name}-{key[:16]}.npz'
     with suppress(*_NOT_USABLE):
         arrays = _read_arrays(path, key)

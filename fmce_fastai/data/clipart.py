@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/data.clipart.html.md"""
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'THUMB', 'png_pixels', 'decode_drawing', 'Drawings', 'read_drawings']
 
-# %% ../../nbs/06n_data.clipart.ipynb #d6e09b1a
+# %% ../../nbs/06n_data.clipart.ipynb #4d0babc9
 import hashlib
 import io
 import struct
@@ -22,7 +22,7 @@ from PIL import Image, ImageChops
 from .cache import cached_arrays, digest
 from .images import DataError, UNREADABLE
 
-# %% ../../nbs/06n_data.clipart.ipynb #18a4f9e4
+# %% ../../nbs/06n_data.clipart.ipynb #de12f3b7
 MAX_PIXELS = 1<<24 # larger pictures are left out: 64 MiB as RGBA
 THUMB = 16 # side of a thumbnail
 _PNG = b'\x89PNG\r\n\x1a\n'
@@ -70,7 +70,7 @@ def decode_drawing(
     thumb = im.crop(box).convert('L').resize((THUMB, THUMB), Image.Resampling.BOX)
     return _on_square(im, size),np.array(thumb)
 
-# %% ../../nbs/06n_data.clipart.ipynb #7fd93c4d
+# %% ../../nbs/06n_data.clipart.ipynb #f0b1e984
 def _check_categories(root, categories):
     "Raise for categories that are missing, given twice or inside one another."
     for name in categories:
@@ -79,12 +79,14 @@ def _check_categories(root, categories):
             raise DataError(f"There is no category {name!r} in {root}. Categories are its folders, "
                             "such as 'animals/birds'.")
         twice = [o for o in categories if Path(name).is_relative_to(o)]
-        if len(twice) > 1: raise DataError(f"The categories {' and '.join(twice)} contain the same pictures.")
+        if len(twice) > 1:
+            raise DataError(f"The categories {' and '.join(twice)} contain the same pictures.")
 
 def _category_files(root, name):
     "The PNG files below a category, sorted; without links that leave `root`."
     top = root.resolve()
-    return [o for o in sorted((root/name).rglob('*.png')) if o.is_file() and o.resolve().is_relative_to(top)]
+    files = (o for o in sorted((root/name).rglob('*.png')) if o.is_file())
+    return [o for o in files if o.resolve().is_relative_to(top)]
 
 def _hashed_files(root, categories):
     "Category -> list of (path below `root`, SHA-1 of the contents)."
@@ -115,7 +117,7 @@ def _single_files(hashed, placeholders):
             seen.add(sha)
     return kept,dropped
 
-# %% ../../nbs/06n_data.clipart.ipynb #0f60a74c
+# %% ../../nbs/06n_data.clipart.ipynb #2dfa7be3
 @dataclass
 class Drawings:
     "Clean pictures of several classes."
@@ -126,7 +128,8 @@ class Drawings:
     paths:list # Each picture's path below the collection's folder
     dropped:dict # Path -> why it was left out
 
-    def __repr__(self): return f"{len(self.paths)} drawings of {len(self.vocab)} classes, {len(self.dropped)} left out"
+    def __repr__(self):
+        return f"{len(self.paths)} drawings of {len(self.vocab)} classes, {len(self.dropped)} left out"
 
     def keep(self,
         which:np.ndarray, # Numbers of pictures, ascending
@@ -134,16 +137,20 @@ class Drawings:
         "Some of the pictures, of classes that are numbered anew."
         names = [self.vocab[k] for k in self.labels[which]]
         vocab = sorted(set(names))
-        return Drawings(self.images[which], self.thumbs[which], np.array([vocab.index(o) for o in names]),
-                        vocab, [self.paths[i] for i in which], self.dropped)
+        labels = np.array([vocab.index(o) for o in names], dtype=np.int64)
+        paths = [self.paths[i] for i in which]
+        return Drawings(self.images[which], self.thumbs[which], labels, vocab, paths, self.dropped)
 
 _REASONS = '', 'too large', 'damaged', 'blank'
 
+def _array_kinds(n, size):
+    "Name -> shape and data type of what is made from `n` files."
+    shapes = dict(images=(n,size,size,3), thumbs=(n,THUMB,THUMB), reasons=(n,))
+    return {k:(shape, np.uint8) for k,shape in shapes.items()}
+
 def _decode_files(root, paths, size):
     "Pictures, thumbnails and numbers of `_REASONS`, one for each file."
-    n = len(paths)
-    arrays = dict(images=np.zeros((n,size,size,3), np.uint8), thumbs=np.zeros((n,THUMB,THUMB), np.uint8),
-                  reasons=np.zeros(n, np.uint8))
+    arrays = {k:np.zeros(shape, dtype) for k,(shape,dtype) in _array_kinds(len(paths), size).items()}
     for i,path in enumerate(paths):
         x,thumb = decode_drawing((root/path).read_bytes(), size)
         if x is None: arrays['reasons'][i] = _REASONS.index(thumb)
@@ -153,17 +160,17 @@ def _decode_files(root, paths, size):
 def _cached_drawings(root, files, size, cache):
     "The arrays of `_decode_files`, from the cache where it has them."
     key = digest('drawings 1', PIL.__version__, size, MAX_PIXELS, [sha for _,_,sha in files])
-    n = len(files)
-    like = dict(images=((n,size,size,3), np.uint8), thumbs=((n,THUMB,THUMB), np.uint8), reasons=((n,), np.uint8))
-    return cached_arrays('drawings', key, lambda: _decode_files(root, [o for _,o,_ in files], size), like, cache)
+    def make(): return _decode_files(root, [path for _,path,_ in files], size)
+    return cached_arrays('drawings', key, make, _array_kinds(len(files), size), cache)
 
 def _large_classes(d, min_images):
-    "`d` without the classes of fewer than `min_images` pictures. Raises `DataError` if fewer than two stay."
+    "`d` without classes of fewer than `min_images` pictures. Raises `DataError` unless two stay."
     counts = Counter(d.labels.tolist())
     few = {k for k in range(len(d.vocab)) if counts[k] < min_images}
     if len(d.vocab)-len(few) < 2:
         numbers = ', '.join(f'{name} {counts[k]}' for k,name in enumerate(d.vocab))
-        raise DataError(f"Fewer than two categories have min_images={min_images} usable pictures ({numbers}).")
+        raise DataError(f"Fewer than two categories have min_images={min_images} usable pictures "
+                        f"({numbers}).")
     d.dropped.update({d.paths[i]:'small class' for i,k in enumerate(d.labels) if k in few})
     return d.keep(np.flatnonzero(~np.isin(d.labels, list(few))))
 

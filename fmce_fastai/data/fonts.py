@@ -8,7 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/data.fonts.html.md"""
 __all__ = ['CHARACTERS', 'MASTER', 'THUMB', 'LOOK_ALIKES', 'LEGIBLE', 'Face', 'find_faces', 'draw_characters', 'equal_characters',
            'centred', 'likeness', 'legibility', 'capitals_share', 'Glyphs', 'read_glyphs']
 
-# %% ../../nbs/06p_data.fonts.ipynb #cbd3aa68
+# %% ../../nbs/06p_data.fonts.ipynb #5ab1d63f
 import hashlib
 import re
 import string
@@ -24,10 +24,11 @@ from scipy.spatial.distance import pdist, squareform
 from .cache import cached_arrays, digest
 from .images import check_positive_int, DataError
 
-# %% ../../nbs/06p_data.fonts.ipynb #930b6812
+# %% ../../nbs/06p_data.fonts.ipynb #78bf8640
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_VARIANT = re.compile(r'\b(thin|hairline|light|regular|book|roman|text|display|medium|bold|black|heavy|italic|oblique|'
-                      r'narrow|condensed|cond|extended|caps|mono|(extra|semi|demi|ultra)(light|bold|condensed)?)\b')
+_VARIANT = re.compile(
+    r'\b(thin|hairline|light|regular|book|roman|text|display|medium|bold|black|heavy|italic|oblique|'
+    r'narrow|condensed|cond|extended|caps|mono|(extra|semi|demi|ultra)(light|bold|condensed)?)\b')
 
 @dataclass(frozen=True)
 class Face:
@@ -48,7 +49,8 @@ class Face:
         "Sorting by it puts the most regular face of a typeface first."
         style = self.style.lower()
         plain = style in ('regular','book','roman','normal','medium')
-        return not plain, 'italic' in style or 'oblique' in style, self.family, style, self.path.name, str(self.path)
+        slanted = 'italic' in style or 'oblique' in style
+        return not plain, slanted, self.family, style, self.path.name, str(self.path)
 
 def _font(path, px):
     "Pillow's font, laid out in the same way whether or not Raqm is installed."
@@ -60,25 +62,33 @@ def _face(path):
     except (OSError, ValueError): return None
     return Face(Path(path), family or Path(path).stem, style or 'Regular')
 
+def _font_files(fonts):
+    "Paths of TrueType and OpenType files, sorted."
+    from matplotlib.font_manager import findSystemFonts
+    if not isinstance(fonts, (list, tuple)):
+        return sorted(map(Path, findSystemFonts(None if fonts is None else str(Path(fonts).expanduser()))))
+    paths = sorted(Path(o).expanduser() for o in fonts)
+    missing = next((o for o in paths if not o.is_file()), None)
+    if missing: raise FileNotFoundError(f"There is no font file {missing}.")
+    return paths
+
 def find_faces(
-    fonts:list=None, # A folder to search, or a list of font files; None: the font folders of the system
+    fonts:list=None, # A folder to search, or a list of font files; None: the system's font folders
     faces:int=1, # Faces of each typeface, the most regular first
 ) -> list: # `Face`s, by typeface
-    "Faces of all typefaces. Raises `FileNotFoundError` where there are no fonts, or a file is missing."
-    from matplotlib.font_manager import findSystemFonts
+    "Faces of all typefaces. Raises `FileNotFoundError` if there are no fonts, or a file is missing."
     check_positive_int('faces', faces)
-    if isinstance(fonts, (list, tuple)): paths = [Path(o).expanduser() for o in fonts]
-    else: paths = [Path(o) for o in findSystemFonts(None if fonts is None else str(Path(fonts).expanduser()))]
-    if missing := [o for o in paths if not o.is_file()]: raise FileNotFoundError(f"There is no font file {missing[0]}.")
     typefaces = defaultdict(list)
-    for face in filter(None, map(_face, sorted(paths))): typefaces[face.typeface].append(face)
-    if typefaces: return [o for k in sorted(typefaces) for o in sorted(typefaces[k], key=lambda f: f.rank)[:faces]]
+    for face in filter(None, map(_face, _font_files(fonts))): typefaces[face.typeface].append(face)
+    by_rank = [sorted(typefaces[k], key=lambda face: face.rank) for k in sorted(typefaces)]
+    if by_rank: return [o for own in by_rank for o in own[:faces]]
+    where = 'the font folders of this system' if fonts is None else fonts
     raise FileNotFoundError(
-        f"No TrueType or OpenType fonts in {'the font folders of this system' if fonts is None else fonts}. "
-        "Install some (on Debian: apt-get install fonts-dejavu fonts-liberation fonts-lato ...), "
+        f"No TrueType or OpenType fonts in {where}. Install some "
+        "(on Debian: apt-get install fonts-dejavu fonts-liberation fonts-lato ...), "
         "or pass a folder that has some.")
 
-# %% ../../nbs/06p_data.fonts.ipynb #39b96c19
+# %% ../../nbs/06p_data.fonts.ipynb #4de7575d
 MASTER = 128 # font size in pixels at which characters are drawn before they are scaled down
 THUMB = 16 # side of a thumbnail
 
@@ -96,7 +106,7 @@ def _equal(a, b): return a.size==b.size and a.tobytes()==b.tobytes()
 def draw_characters(
     path:Path, # A font file
 ) -> list: # `CHARACTERS` as grey pictures, cropped to the ink; None if the font lacks one
-    "The characters at a font size of 128 pixels. A box in place of a missing character counts as none."
+    "The characters at a font size of 128 pixels. The box for missing characters counts as none."
     try:
         font = _font(path, MASTER)
         missing,drawn = _drawn(font, '\uffff'),[] # no font has this character
@@ -106,10 +116,12 @@ def draw_characters(
     except (OSError, ValueError): return None
     return drawn
 
-def _resize(im, width, height): return im.resize((max(1, round(width)), max(1, round(height))), Image.Resampling.BOX)
+def _resize(im, width, height):
+    "`im` in another size, of at least one pixel."
+    return im.resize((max(1, round(width)), max(1, round(height))), Image.Resampling.BOX)
 
 def _at_one_scale(drawn, size, margin):
-    "The characters, centred, at the scale at which the largest leaves `margin`: bytes (62, size, size)."
+    "The characters, centred, so large that the largest leaves `margin`: bytes (62, size, size)."
     scale = (size-2*margin)/max(max(o.size) for o in drawn)
     def place(im):
         im,ground = _resize(im, im.width*scale, im.height*scale),Image.new('L', (size, size))
@@ -119,7 +131,7 @@ def _at_one_scale(drawn, size, margin):
 
 def _stretched(drawn): return np.stack([np.array(_resize(o, THUMB, THUMB)) for o in drawn])
 
-# %% ../../nbs/06p_data.fonts.ipynb #674bf8e4
+# %% ../../nbs/06p_data.fonts.ipynb #3b0fc6d3
 LOOK_ALIKES = '0Oo', '1Il' # characters that are the same picture in many typefaces
 _CASE_DIFFERS = 'abdefghnqrt' # letters whose small form is not a small capital
 _SAME_PICTURE = .004 # mean difference of two thumbnails, of 1, below which they are the same
@@ -169,7 +181,7 @@ def capitals_share(
     small,capital = ([CHARACTERS.index(f(o)) for o in _CASE_DIFFERS] for f in (str.lower, str.upper))
     return (likeness[:,small,capital] > likeness[:,small,small]).mean(1)
 
-# %% ../../nbs/06p_data.fonts.ipynb #e046d074
+# %% ../../nbs/06p_data.fonts.ipynb #c3f47dc5
 @dataclass
 class Glyphs:
     "The characters in several faces."
@@ -179,7 +191,8 @@ class Glyphs:
     faces:list # `Face`s, F
     dropped:dict # Path of a font -> why it was left out
 
-    def __repr__(self): return f"{len(self.faces)} faces with 62 characters each, {len(self.dropped)} left out"
+    def __repr__(self):
+        return f"{len(self.faces)} faces with 62 characters each, {len(self.dropped)} left out"
 
 _REASONS = '', 'no letters', 'equal characters', 'small capitals', 'illegible'
 
@@ -221,7 +234,7 @@ def _cached_faces(faces, size, cache):
     return cached_arrays('glyphs', key, lambda: _draw_faces(faces, size), like, cache)
 
 def read_glyphs(
-    fonts:list=None, # A folder to search, or a list of font files; None: the font folders of the system
+    fonts:list=None, # A folder to search, or a list of font files; None: the system's font folders
     size:int=32, # Side of the pictures, pixels
     faces:int=1, # Faces of each typeface, the most regular first
     cache:str=None, # Folder of drawn characters; None: see `cache_folder`
@@ -233,6 +246,5 @@ def read_glyphs(
     found = find_faces(fonts, faces)
     arrays = _cached_faces(found, size, cache)
     reasons = arrays.pop('reasons')
-    if len(arrays['images']) != (reasons==0).sum(): raise DataError(f"The cache of glyphs is damaged: empty {cache}.")
     return Glyphs(**arrays, faces=[o for o,r in zip(found, reasons) if not r],
                   dropped={str(o.path):_REASONS[r] for o,r in zip(found, reasons) if r})

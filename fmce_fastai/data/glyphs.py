@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/data.glyphs.html.md"""
 # %% auto #0
 __all__ = ['CLONE', 'clone_pairs', 'typeface_groups', 'split_glyphs', 'glyph_ceiling', 'glyphs_dls']
 
-# %% ../../nbs/06q_data.glyphs.ipynb #2d4012ea
+# %% ../../nbs/06q_data.glyphs.ipynb #f72a0e8a
 import numpy as np
 from fastcore.meta import delegates
 
@@ -17,8 +17,8 @@ from .groups import check_shares, equal_pairs, group_split, linked_groups, simil
 from .images import DataError
 from .loaders import item_dls, SplitDataLoaders
 
-# %% ../../nbs/06q_data.glyphs.ipynb #4fe376df
-CLONE = .86 # mean cosine of the characters from which two typefaces count as one
+# %% ../../nbs/06q_data.glyphs.ipynb #4f8db61e
+CLONE = .92 # mean cosine of the characters from which two typefaces count as one
 
 def clone_pairs(
     glyphs:Glyphs,
@@ -30,7 +30,8 @@ def typeface_groups(
     glyphs:Glyphs,
 ) -> np.ndarray: # Group number of each face, (F,)
     "Faces of one typeface, and clones, are in one group."
-    return linked_groups(len(glyphs.faces), equal_pairs([o.typeface for o in glyphs.faces]), clone_pairs(glyphs))
+    same_name = equal_pairs([o.typeface for o in glyphs.faces])
+    return linked_groups(len(glyphs.faces), same_name, clone_pairs(glyphs))
 
 def split_glyphs(
     glyphs:Glyphs,
@@ -40,13 +41,13 @@ def split_glyphs(
     "The fixed split by typeface. Raises `DataError` for impossible shares and too few typefaces."
     check_shares(valid_pct, test_pct)
     if len(glyphs.faces) < 3:
-        raise DataError(f"{len(glyphs.faces)} usable typefaces, and {len(glyphs.dropped)} fonts that were left out: "
-                        "three parts need at least three. Install more fonts with Latin letters.")
+        raise DataError(f"{len(glyphs.faces)} usable fonts, {len(glyphs.dropped)} left out: the three parts "
+                        "need at least three typefaces. Install more fonts with Latin letters.")
     one_class = np.zeros(len(glyphs.faces), dtype=np.int64)
-    names = [o.typeface for o in glyphs.faces]
-    return group_split(one_class, typeface_groups(glyphs), (1-valid_pct-test_pct, valid_pct, test_pct), names)
+    names,shares = [o.typeface for o in glyphs.faces],(1-valid_pct-test_pct, valid_pct, test_pct)
+    return group_split(one_class, typeface_groups(glyphs), shares, names)
 
-# %% ../../nbs/06q_data.glyphs.ipynb #ea9f0e78
+# %% ../../nbs/06q_data.glyphs.ipynb #d7df4d95
 def _distinct(scaled):
     "Number of different pictures among the characters of a face."
     pairs = [[CHARACTERS.index(c) for c in o] for o in equal_characters(scaled)]
@@ -55,10 +56,10 @@ def _distinct(scaled):
 def glyph_ceiling(
     glyphs:Glyphs,
 ) -> float:
-    "The largest accuracy that a classifier of single pictures can reach, as far as equal pictures limit it."
+    "The largest accuracy on single pictures, as far as equal pictures limit it."
     return float(np.mean([_distinct(o) for o in glyphs.scaled])/len(CHARACTERS))
 
-# %% ../../nbs/06q_data.glyphs.ipynb #1abc9371
+# %% ../../nbs/06q_data.glyphs.ipynb #476d0641
 def _part(glyphs, faces):
     "Images (N, size, size) and class numbers of some faces, class by class."
     x = glyphs.images[faces].swapaxes(0, 1)
@@ -86,4 +87,5 @@ def glyphs_dls(
     glyphs = read_glyphs(root if fonts is None else fonts, size, faces, cache)
     part = split_glyphs(glyphs, valid_pct, test_pct)
     train,valid,test = (_part(glyphs, np.flatnonzero(part==k)) for k in range(3))
-    return array_dls(train, valid, test, vocab=list(CHARACTERS), size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)
+    vocab = list(CHARACTERS)
+    return array_dls(train, valid, test, vocab, size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)

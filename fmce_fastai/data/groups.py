@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/data.groups.html.md"""
 # %% auto #0
 __all__ = ['equal_pairs', 'similar_pairs', 'linked_groups', 'group_split', 'check_shares']
 
-# %% ../../nbs/06l_data.groups.ipynb #5dfd0388
+# %% ../../nbs/06l_data.groups.ipynb #83330ecd
 import hashlib
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 
 from .images import check_positive_int, DataError
 
-# %% ../../nbs/06l_data.groups.ipynb #5d54ceeb
+# %% ../../nbs/06l_data.groups.ipynb #bb6e1e1d
 def equal_pairs(
     keys:list, # A key for each item
 ) -> np.ndarray: # Pairs of positions, (n, 2)
@@ -45,7 +45,7 @@ def linked_groups(
     links = coo_matrix((np.ones(len(i)), (i, j)), shape=(n, n))
     return connected_components(links, directed=False)[1]
 
-# %% ../../nbs/06l_data.groups.ipynb #072013bd
+# %% ../../nbs/06l_data.groups.ipynb #07753648
 def _group_table(labels, groups):
     "Number of images of each class in each group, (groups, classes)."
     table = np.zeros((groups.max()+1, labels.max()+1))
@@ -55,7 +55,8 @@ def _group_table(labels, groups):
 def _dealing_order(table, groups, names):
     "Group numbers, the largest first; ties by the SHA-1 of the first name in each group."
     first = {}
-    for g,name in sorted(zip(groups.tolist(), names)): first.setdefault(g, hashlib.sha1(name.encode()).digest())
+    for g,name in sorted(zip(groups.tolist(), names)):
+        first.setdefault(g, hashlib.sha1(name.encode()).digest())
     return sorted(first, key=lambda g: (-table[g].sum(), first[g]))
 
 def _next_part(need, target, group):
@@ -88,8 +89,8 @@ def group_split(
     filled = _group_table(labels, parts) if parts.max()+1==len(shares) else np.zeros((1,1))
     if (filled==0).any():
         raise DataError(f"{len(labels)} images of {labels.max()+1} classes in {groups.max()+1} groups of "
-                        f"related images cannot be split into {len(shares)} parts that all have every "
-                        "class: add images.")
+                        f"related images cannot be split into {len(shares)} parts with every class: "
+                        "add images.")
     return parts
 
 def check_shares(

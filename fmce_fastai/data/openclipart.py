@@ -9,7 +9,7 @@ __all__ = ['OPENCLIPART_ROOT', 'OPENCLIPART_CATEGORIES', 'OPENCLIPART_PLACEHOLDE
            'openclipart_folder', 'drawing_family', 'centred_thumbs', 'drawing_groups', 'read_openclipart',
            'split_drawings', 'openclipart_dls']
 
-# %% ../../nbs/06o_data.openclipart.ipynb #b31dcb1d
+# %% ../../nbs/06o_data.openclipart.ipynb #d2a80a3e
 import re
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .groups import check_shares, equal_pairs, group_split, linked_groups, simil
 from .images import check_positive_int
 from .loaders import item_dls, SplitDataLoaders
 
-# %% ../../nbs/06o_data.openclipart.ipynb #b56532e1
+# %% ../../nbs/06o_data.openclipart.ipynb #27121688
 OPENCLIPART_ROOT = '/usr/share/openclipart/png' # where the Debian package installs the pictures
 OPENCLIPART_CATEGORIES = (
     'animals/birds', 'animals/bugs', 'animals/mammals', 'computer/hardware', 'food/beverages', 'food/desserts',
@@ -35,19 +35,22 @@ OPENCLIPART_PLACEHOLDERS = (
     '2329ed574045ad58e5939b5289718cec70cd53ef', '41074129304c86f01a615d0c1a069a065425effe')
 
 def openclipart_folder(
-    root:str=None, # The package's folder of PNG files, or a folder above it; None: `OPENCLIPART_ROOT`
+    root:str=None, # Folder of the categories, or one above it; None: `OPENCLIPART_ROOT`
 ) -> Path:
     "The folder of the categories. Raises `FileNotFoundError` if there is none."
     top = Path(OPENCLIPART_ROOT if root is None else root).expanduser()
     for o in (top, top/'png', top/'openclipart'/'png', top/'usr/share/openclipart/png'):
         if (o/'animals').is_dir(): return o
     raise FileNotFoundError(
-        f"No pictures of OpenClipart in {top}. Install the Debian package (apt-get install openclipart-png), "
-        "or unpack it (apt-get download openclipart-png; dpkg -x openclipart-png_*.deb FOLDER) "
+        f"No pictures of OpenClipart in {top}. Install the Debian package "
+        "(apt-get install openclipart-png), or unpack it (apt-get download openclipart-png; "
+        "dpkg -x openclipart-png_*.deb FOLDER) "
         "and pass root= that folder.")
 
-# %% ../../nbs/06o_data.openclipart.ipynb #14a9e6ce
-_VERSION = frozenset('b w bw color colour line lineart art outline contour contorno simple black white'.split())
+# %% ../../nbs/06o_data.openclipart.ipynb #8224f445
+# Words that tell the versions of a drawing apart
+_VERSION = frozenset(
+    'b w bw color colour line lineart art outline contour contorno simple black white'.split())
 FAMILY_LETTERS = 12 # letters of a name that count
 SIMILAR = .87 # cosine of two thumbnails from which drawings are nearly the same
 
@@ -71,9 +74,10 @@ def drawing_groups(
 ) -> np.ndarray: # Group number of each drawing, (N,)
     "Drawings of one family, or nearly the same, are in one group."
     families = equal_pairs([drawing_family(Path(o).stem) for o in drawings.paths])
-    return linked_groups(len(drawings.paths), families, similar_pairs(centred_thumbs(drawings), SIMILAR))
+    similar = similar_pairs(centred_thumbs(drawings), SIMILAR)
+    return linked_groups(len(drawings.paths), families, similar)
 
-# %% ../../nbs/06o_data.openclipart.ipynb #0305b1fe
+# %% ../../nbs/06o_data.openclipart.ipynb #1ce7c8b0
 def read_openclipart(
     root:str=None, # See `openclipart_folder`
     size:int=64, # Side of the images, pixels
@@ -92,7 +96,7 @@ def split_drawings(
     valid_pct:float=.15, # Share of each class for validation
     test_pct:float=.45, # Share of each class for testing
 ) -> np.ndarray: # 0: training, 1: validation, 2: test; (N,)
-    "The fixed split: related drawings are in the same part. Raises `DataError` for impossible shares."
+    "The fixed split: related drawings are in one part. Raises `DataError` for impossible shares."
     check_shares(valid_pct, test_pct)
     shares = (1-valid_pct-test_pct, valid_pct, test_pct)
     return group_split(drawings.labels, drawing_groups(drawings), shares, drawings.paths)
@@ -113,10 +117,10 @@ def openclipart_dls(
 ) -> SplitDataLoaders: # 286 training, 107 validation, 319 test images, 11 classes
     """Drawings from the Open Clip Art Library, in memory.
 
-    Transparent pictures are laid over white and padded to a square. Raises `FileNotFoundError` where the
-    package is missing; `DataError` for unknown categories, for fewer than two large enough ones and for
-    impossible shares or sizes. Source: Debian's openclipart-png, public domain."""
+    Transparent pictures are laid over white and padded to a square. Raises `FileNotFoundError` where
+    the package is missing; `DataError` for unknown categories, for fewer than two large enough ones
+    and for impossible shares or sizes. Source: Debian's openclipart-png, public domain."""
     d = read_openclipart(root, size, categories, min_images, cache)
     part = split_drawings(d, valid_pct, test_pct)
     train,valid,test = ((d.images[part==k], d.labels[part==k]) for k in range(3))
-    return array_dls(train, valid, test, vocab=d.vocab, size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)
+    return array_dls(train, valid, test, d.vocab, size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)
