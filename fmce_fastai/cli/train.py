@@ -155,9 +155,9 @@ def _few_warnings():
 # %% ../../nbs/10g_cli.train.ipynb #b44b1c8a
 @command
 def fmce_train(
-    # digits, mnist, fashion_mnist, cifar10, cifar100, or a folder with one subfolder per class
+    # digits, mnist, fashion_mnist, cifar10, cifar100, openclipart, glyphs, or a folder
     data:str='digits',
-    root:str=None, # Folder of the data set's files (default: fastai's data folder)
+    root:str=None, # Folder of the data set's files (default: where the data set is expected)
     download:store_true=False, # Download the data set's files to --root where they are missing
     arch:str='resnet10t', # A timm name, or torchvision.<name>
     pretrained:store_true=False, # Start from the architecture's published weights (downloaded)

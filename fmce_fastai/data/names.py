@@ -13,18 +13,26 @@ from pathlib import Path
 
 from .digits import digits_dls
 from .folder import folder_dls
+from .glyphs import glyphs_dls
 from .images import DataError
 from .loaders import SplitDataLoaders
+from .openclipart import openclipart_dls
 from .spec import DataSet
 from .torchvision import torchvision_sets
 
 # %% ../../nbs/06k_data.names.ipynb #7763712e
-data_sets = {'digits': DataSet('digits', digits_dls, 10, 1197, 300, 300, 8, 1), **torchvision_sets}
+data_sets = {
+    'digits': DataSet('digits', digits_dls, 10, 1197, 300, 300, 8, 1, takes_root=False),
+    **torchvision_sets,
+    # Largest side of most files
+    'openclipart': DataSet('openclipart', openclipart_dls, 11, 286, 107, 319, 1123, 3),
+    # As many images as there are fonts, of any size
+    'glyphs': DataSet('glyphs', glyphs_dls, 62, None, None, None, None, 1)}
 
 def _named_dls(spec, root, kwargs):
     "Loaders for one of `data_sets`."
     if root is None: return spec.dls(**kwargs)
-    if spec.tv_class is None:
+    if not spec.takes_root:
         raise DataError(f"root={str(root)!r}: {spec.name} comes with scikit-learn and takes no root.")
     return spec.dls(root=root, **kwargs)
 

@@ -22,10 +22,11 @@ class DataSet:
     name:str # Name, as `get_dls` accepts it
     dls:Callable = field(repr=False) # The function that builds its loaders
     n_classes:int # Number of classes
-    n_train:int # Number of training images
+    n_train:int # Number of training images; None: it depends on the machine
     n_valid:int # Number of validation images
     n_test:int # Number of test images
     pixels:int # Side of the images as published
     channels:int # 1: grey, 3: colour; loaders always return 3
-    tv_class:str = None # torchvision's class; None: no files needed
+    tv_class:str = None # torchvision's class; None: torchvision does not have it
     read:Callable = field(default=None, repr=False) # (root, spec) -> (training, test, class names)
+    takes_root:bool = True # False: the images come with a package that is always there

@@ -120,7 +120,7 @@ def preset_on(
     what `get_dls` raises if there are no such data."""
     if preset not in (known := presets()):
         raise StudyError(f"preset is {preset!r}; known are {', '.join(known)}.")
-    n_classes,n_images = _classes_and_images(data)
+    n_classes,n_images = _classes_and_images(data, root)
     studies = presets(n_classes, n_images if n_train is None else None)[preset]
     if not studies:
         raise StudyError(f"{data} has {n_images} training images of {n_classes} classes: too few for "
@@ -133,9 +133,10 @@ def _spec(data):
     "The facts about a named data set; None for a folder."
     return data_sets.get(str(data).lower().replace('-', '_'))
 
-def _classes_and_images(data):
+def _classes_and_images(data, root):
     "Number of classes and of training images; of a folder, only the files are listed."
-    if spec := _spec(data): return spec.n_classes, spec.n_train
+    if spec := _spec(data):
+        return spec.n_classes, len(get_dls(data, root=root).train_ds) if spec.n_train is None else spec.n_train
     dls = get_dls(data, size=8, bs=2, in_memory=False, num_workers=0)
     return len(dls.vocab), len(dls.train_ds)
 
