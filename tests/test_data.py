@@ -2,9 +2,12 @@
 import copy
 import gzip
 import hashlib
+import io
+import os
 import pickle
 import random
 import shutil
+import struct
 import tarfile
 import warnings
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 with warnings.catch_warnings():
     # fastai, when it is imported, uses what torch and pandas deprecate
@@ -25,10 +28,16 @@ import fmce_fastai.data.loaders as loaders_module
 import fmce_fastai.data.torchvision as torchvision_module
 from fmce_fastai.data.images import as_bytes, DataError, fit_square
 from fmce_fastai.data.arrays import array_dls
+from fmce_fastai.data.clipart import decode_drawing, MAX_PIXELS
 from fmce_fastai.data.digits import digits_dls, digits_split
 from fmce_fastai.data.torchvision import cifar100_dls, cifar10_dls, fashion_mnist_dls, mnist_dls
 from fmce_fastai.data.folder import folder_dls
+from fmce_fastai.data.fonts import CHARACTERS, find_faces, read_glyphs
+from fmce_fastai.data.glyphs import clone_pairs, glyphs_dls, split_glyphs, typeface_groups
+from fmce_fastai.data.groups import group_split, linked_groups, similar_pairs
 from fmce_fastai.data.names import data_sets, get_dls
+from fmce_fastai.data.openclipart import (
+    centred_thumbs, drawing_family, drawing_groups, openclipart_dls, OPENCLIPART_PLACEHOLDERS, OPENCLIPART_ROOT, read_openclipart, SIMILAR, split_drawings)
 from fmce_fastai.data.subsets import class_shares, stratified_subset
 
 pytestmark = [
@@ -53,6 +62,7 @@ def no_figures_left():
 def own_data_folder(tmp_path, monkeypatch):
     "No test looks into, or writes to, the data folder of whoever runs it."
     monkeypatch.setattr(torchvision_module, "fastai_path", lambda name: tmp_path/"fastai"/name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
 
 
 def all_pixels(dl): return torch.stack([o.pixels for o in dl.dataset.items])
@@ -635,10 +645,221 @@ def test_broken_image_files_are_named(tmp_path, in_memory, content, kind):
         for _ in folder_dls(tmp_path, size=16, bs=2, in_memory=in_memory, num_workers=0).train: pass
 
 
+# ---- drawings and glyphs --------------------------------------------------------------------------------------------
+
+def png(im):
+    f = io.BytesIO(); im.save(f, "PNG")
+    return f.getvalue()
+
+
+def write_drawings(root, n=20, names="abcdefghijklmnopqrst", categories=("animals/birds", "animals/bugs")):
+    "Per category `n` drawings of random discs or boxes, coloured and as line art, the latter under the same name with `_bw`."
+    own = np.random.default_rng(1)
+    for kind, category in zip(("ellipse", "rectangle"), categories):
+        (root/category).mkdir(parents=True)
+        for name in names[:n]:
+            boxes, colours = own.integers(5, 28, (5, 4)).tolist(), [tuple(o) for o in own.integers(0, 256, (5, 3)).tolist()]
+            for end, fills in (("", colours), ("_bw", [None]*5)):
+                im = Image.new("RGBA", (60, 80), (0, 0, 0, 0))
+                for (x, y, w, h), fill in zip(boxes, fills): getattr(ImageDraw.Draw(im), kind)((x, y, x+w, y+h), fill, "black")
+                im.save(root/category/f"{kind[:4]}{name}{end}_01.png")
+    return dict(root=root, categories=categories, min_images=5)
+
+
+def test_drawings_of_one_family_stay_on_one_side(tmp_path):
+    args = write_drawings(tmp_path)
+    d = read_openclipart(size=24, **args)
+    part, groups = split_drawings(d), drawing_groups(d)
+    assert len(d.paths) == 80 and 30 <= groups.max()+1 <= 40
+    for g in set(groups): assert len(set(part[groups == g])) == 1
+    for k, path in zip(part, d.paths): assert k == part[d.paths.index(path.replace("_01.png", "_bw_01.png").replace("_bw_bw", "_bw"))]
+    # without the groups the same pictures do leak: the test above can fail
+    alone = group_split(d.labels, np.arange(80), (.4, .15, .45), d.paths)
+    assert any(alone[i] != alone[d.paths.index(o.replace("_01", "_bw_01"))] for i, o in enumerate(d.paths) if "_bw" not in o)
+    dls = openclipart_dls(size=24, bs=8, **args)
+    assert [len(o.dataset) for o in dls.loaders] == np.bincount(part).tolist() and np.abs(np.bincount(part)-[32, 12, 36]).max() <= 2
+    seen = [o.pixels.numpy().tobytes() for dl in dls.loaders for o in dl.dataset.items]
+    assert len(set(seen)) == len(seen) == 80
+
+
+def test_renamed_copies_of_a_drawing_stay_on_one_side(tmp_path):
+    args = write_drawings(tmp_path)
+    for o in sorted((tmp_path/"animals/birds").iterdir())[::3]: # other names and other bytes, the same drawing at another place on a larger page
+        with Image.open(o) as im: page = Image.new("RGBA", (100, 100), (0, 0, 0, 0)); page.paste(im, (30, 10)); page.save(o.with_name(f"xy{o.stem[4:]}{o.stem[-6:]}.png"))
+    d = read_openclipart(size=24, **args)
+    part, near = split_drawings(d), similar_pairs(centred_thumbs(d), SIMILAR)
+    assert len(near) >= 14 and (part[near[:, 0]] == part[near[:, 1]]).all()
+
+
+def test_split_of_drawings_depends_on_nothing_else(tmp_path):
+    args = write_drawings(tmp_path)
+    first = openclipart_dls(size=24, **args)
+    for other in (openclipart_dls(size=24, seed=5, n_train=10, **args), openclipart_dls(size=24, cache=tmp_path/"other", **args)):
+        for i in (1, 2): assert torch.equal(all_pixels(first[i]), all_pixels(other[i]))
+    assert split_drawings(read_openclipart(size=48, **args)).tolist() == split_drawings(read_openclipart(size=24, **args)).tolist()
+    assert len(openclipart_dls(size=24, n_train=10, **args).train_ds) == 10
+
+
+def test_drawings_that_are_left_out(tmp_path, monkeypatch):
+    args = write_drawings(tmp_path)
+    birds, bugs = (tmp_path/o for o in args["categories"])
+    twin = (birds/"ellia_01.png").read_bytes()
+    (birds/"zz.png").write_bytes(twin), (bugs/"zz.png").write_bytes((birds/"ellib_01.png").read_bytes())
+    head = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+    (bugs/"huge.png").write_bytes(head+struct.pack(">II", 10_562, 16_000)+twin[24:]) # the size of the package's largest pictures
+    (bugs/"cut.png").write_bytes(twin[:len(twin)//2]), (bugs/"empty.png").write_bytes(b"")
+    (bugs/"blank.png").write_bytes(png(Image.new("RGBA", (50, 50), (255, 255, 255, 0))))
+    missing = png(Image.new("RGB", (50, 50), "red"))
+    (bugs/"missing.png").write_bytes(missing)
+    (tmp_path/"secret.png").write_bytes(png(Image.new("RGB", (9, 9), "blue"))), (tmp_path/"outside").mkdir()
+    monkeypatch.setattr("fmce_fastai.data.openclipart.OPENCLIPART_PLACEHOLDERS", (hashlib.sha1(missing).hexdigest(),))
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda f, *a, **k: opened.append(f.getvalue()[:24]) or real(f, *a, **k))
+    d = read_openclipart(size=24, **args)
+    assert {Path(k).name: v for k, v in d.dropped.items()} == {
+        "zz.png": "in two classes", "huge.png": "too large", "cut.png": "damaged", "empty.png": "damaged", "blank.png": "blank",
+        "missing.png": "placeholder", "ellib_01.png": "in two classes"} | {"zz.png": d.dropped["animals/bugs/zz.png"]}
+    assert d.dropped["animals/birds/zz.png"] == "duplicate" and len(d.paths) == 79
+    assert opened and not any(o.startswith(head+struct.pack(">II", 10_562, 16_000)) for o in opened) # refused before Pillow saw it
+    assert 10_562*16_000 > MAX_PIXELS > 1_500**2
+
+
+def test_links_of_drawings_stay_inside_the_collection(tmp_path):
+    args = write_drawings(tmp_path/"png")
+    args["root"] = tmp_path
+    outside = tmp_path/"outside.png"
+    outside.write_bytes(png(Image.new("RGB", (20, 20), "blue")))
+    (tmp_path/"png/animals/birds/out.png").symlink_to(outside)
+    (tmp_path/"png/animals/inside.png").write_bytes(png(Image.new("RGB", (20, 20), "green")))
+    (tmp_path/"png/animals/birds/in.png").symlink_to("../inside.png")
+    paths = read_openclipart(size=24, **args).paths
+    assert "animals/birds/in.png" in paths and "animals/birds/out.png" not in paths
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1", "I;16"])
+def test_pictures_lie_on_white(mode):
+    im = Image.new("RGBA", (20, 40), (0, 0, 0, 0))
+    im.paste((0, 0, 0, 255), (0, 10, 20, 30))
+    if mode not in ("RGBA", "LA", "P"): im = Image.composite(im, Image.new("RGBA", im.size, "white"), im.getchannel("A"))
+    im = Image.fromarray(np.array(im.convert("L")).astype(np.uint16)*257) if mode == "I;16" else im.convert(mode)
+    x, thumb = decode_drawing(png(im), 40)
+    assert (x[:, :10] == 255).all() and (x[:, 30:] == 255).all() and (x[:9] == 255).all() and (x[12:28, 12:28] == 0).all() and (thumb == 0).all()
+
+
+def test_families():
+    for a, b in (("apple", "apple_bw"), ("dog_01", "dog_02"), ("fox", "contour_fox"), ("pear_simple", "pear_simple_bw"), ("mug-lineart", "mug"),
+                 ("flan_bw_jean-victor_bali_01", "flan_jean-victor_balin_01")): assert drawing_family(a) == drawing_family(b)
+    assert len({drawing_family(o) for o in ("apple", "banana", "bear", "beer", "bee")}) == 5
+
+
+def test_group_split_is_balanced_and_keeps_groups():
+    own = np.random.default_rng(3)
+    labels, groups = own.integers(0, 5, 600), own.integers(0, 300, 600)
+    groups = linked_groups(600, np.array([(i, j) for i, j in zip(range(600), [np.flatnonzero(groups == g)[0] for g in groups])]))
+    part = group_split(labels, groups, (.4, .15, .45), [f"{i}" for i in range(600)])
+    assert all(len(set(part[groups == g])) == 1 for g in set(groups))
+    for k in range(5): assert np.abs(np.bincount(part[labels == k])/(labels == k).sum()-[.4, .15, .45]).max() < .03
+
+
+MPL_FONTS = Path(__import__("matplotlib").get_data_path())/"fonts"/"ttf"
+
+
+def write_font(path, family, cmap=None, source="DejaVuSans.ttf"):
+    "A copy of a font under another name; `cmap`: characters -> those whose glyph they show, or None to remove them."
+    from fontTools.ttLib import TTFont
+    font = TTFont(MPL_FONTS/source)
+    for record in font["name"].names:
+        if record.nameID in (1, 4, 16): record.string = family
+    for table in font["cmap"].tables:
+        own = dict(table.cmap)
+        for a, b in (cmap or {}).items():
+            if b is None: table.cmap.pop(ord(a), None)
+            elif ord(b) in own: table.cmap[ord(a)] = own[ord(b)]
+    font.save(path)
+
+
+@pytest.fixture(scope="module")
+def fonts(tmp_path_factory):
+    "Six typefaces and a clone, and four fonts that are of no use."
+    folder = tmp_path_factory.mktemp("fonts")
+    for o in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "STIXGeneralItalic", "cmr10", "cmtt10", "cmss10", "STIXSizOneSymReg"): shutil.copy(MPL_FONTS/f"{o}.ttf", folder)
+    write_font(folder/"clone.ttf", "Quite Another")
+    write_font(folder/"poor.ttf", "No Small Q", {"q": None})
+    write_font(folder/"capitals.ttf", "Only Capitals", {o: o.upper() for o in CHARACTERS[36:]})
+    write_font(folder/"mixed.ttf", "Mixed Up", dict(zip(CHARACTERS, CHARACTERS[7:]+CHARACTERS[:7])))
+    (folder/"text.ttf").write_text("no font")
+    return folder
+
+
+def test_glyphs_leave_out_fonts_that_are_of_no_use(fonts):
+    g = read_glyphs(fonts)
+    reasons = {Path(k).name: v for k, v in g.dropped.items()}
+    assert reasons.pop("mixed.ttf") in ("illegible", "small capitals") # whichever the exchanged characters look like
+    assert reasons == {"STIXSizOneSymReg.ttf": "no letters", "poor.ttf": "no letters", "capitals.ttf": "equal characters"}
+    assert {o.path.name for o in g.faces} == {"DejaVuSans.ttf", "DejaVuSerif.ttf", "STIXGeneral.ttf", "cmr10.ttf", "cmtt10.ttf", "cmss10.ttf", "clone.ttf"}
+    assert g.images.shape == (7, 62, 32, 32) and g.images.max((2, 3)).min() > 100 and not g.images[:, :, :2].any()
+
+
+def test_no_typeface_and_no_clone_lies_on_both_sides(fonts):
+    g = read_glyphs(fonts, faces=5)
+    part, groups = split_glyphs(g), typeface_groups(g)
+    names = [o.family for o in g.faces]
+    side = dict(zip(names, part))
+    assert len(set(part[[o.startswith("DejaVu Sans") or o == "Quite Another" for o in names]])) == 1 and side["DejaVu Serif"] in (0, 1, 2)
+    assert all(len(set(part[groups == k])) == 1 for k in set(groups)) and len(clone_pairs(g)) >= 1
+    dls = glyphs_dls(root=fonts, faces=5)
+    assert [len(o.dataset) for o in dls.loaders] == (62*np.bincount(part)).tolist() and min(np.bincount(part)) >= 1 and dls.c == 62
+    # equal pictures are those of equal characters of one face, never of two splits
+    seen = [{o.pixels.numpy().tobytes() for o in dl.dataset.items} for dl in dls.loaders]
+    assert not seen[0] & seen[2] and not seen[0] & seen[1] and not seen[1] & seen[2]
+
+
+def test_glyphs_are_the_same_every_time(fonts, tmp_path):
+    drawn = glyphs_dls(root=fonts, cache=tmp_path)
+    cached = get_dls("glyphs", root=fonts, cache=tmp_path, n_train=62, bs=31, seed=4)
+    listed = glyphs_dls(fonts=sorted(fonts.glob("*.ttf"), reverse=True), cache=tmp_path/"other")
+    for i in (1, 2): assert torch.equal(all_pixels(drawn[i]), all_pixels(cached[i])) and torch.equal(all_pixels(drawn[i]), all_pixels(listed[i]))
+    assert len(list(tmp_path.glob("*.npz"))) == 1 and len(cached.train_ds) == cached.c == 62
+
+
+def test_data_sets_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="apt-get install openclipart-png"): get_dls("openclipart", root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="No TrueType or OpenType fonts in"): get_dls("glyphs", root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="no font file"): glyphs_dls(fonts=[tmp_path/"x.ttf"])
+
+
+CLIPART = Path(os.environ.get("FMCE_OPENCLIPART", OPENCLIPART_ROOT)) # set it to a folder of `dpkg -x`
+
+
+@pytest.mark.skipif(not CLIPART.is_dir(), reason="needs the Debian package openclipart-png")
+def test_the_real_openclipart_has_no_leaks(pytestconfig):
+    d = read_openclipart(CLIPART, cache=pytestconfig.cache.mkdir("drawings"))
+    part, spec = split_drawings(d), data_sets["openclipart"]
+    assert np.bincount(part).tolist() == [spec.n_train, spec.n_valid, spec.n_test] and len(d.vocab) == spec.n_classes
+    near = similar_pairs(centred_thumbs(d), SIMILAR)
+    assert len(near) > 50 and (part[near[:, 0]] == part[near[:, 1]]).all()
+    sides = {}
+    for path, k in zip(d.paths, part): assert sides.setdefault(drawing_family(Path(path).stem), k) == k
+    shas = [hashlib.sha1(o.tobytes()).hexdigest() for o in d.images]
+    for k in range(3): assert not {s for s, p in zip(shas, part) if p == k} & {s for s, p in zip(shas, part) if p != k}
+    assert len(OPENCLIPART_PLACEHOLDERS) == 8 and list(d.dropped.values()).count("placeholder") == 6
+
+
+def test_the_real_fonts_have_no_leaks(pytestconfig):
+    if len(find_faces()) < 100: pytest.skip("needs 100 typefaces: install more of Debian's fonts-*")
+    g = read_glyphs(cache=pytestconfig.cache.mkdir("glyphs"))
+    part, near, groups = split_glyphs(g), clone_pairs(g), typeface_groups(g)
+    assert (part[near[:, 0]] == part[near[:, 1]]).all() and all(len(set(part[groups == k])) == 1 for k in set(groups))
+    assert np.bincount(groups).max() < .25*len(groups) # no chain through everything
+    sides = {}
+    for face, k in zip(g.faces, part): assert sides.setdefault(face.typeface, k) == k
+
+
 # ---- by name --------------------------------------------------------------------------------------------------------
 
 def test_names(tmp_path):
-    assert list(data_sets) == ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
+    assert list(data_sets) == ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "openclipart", "glyphs"]
     spec = data_sets["digits"]
     dls = get_dls("Digits", size=spec.pixels)
     assert [len(o.dataset) for o in dls.loaders] == [spec.n_train, spec.n_valid, spec.n_test] and dls.c == spec.n_classes

@@ -8,7 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/data.fonts.html.md"""
 __all__ = ['CHARACTERS', 'MASTER', 'THUMB', 'LOOK_ALIKES', 'LEGIBLE', 'Face', 'find_faces', 'draw_characters', 'equal_characters',
            'centred', 'likeness', 'legibility', 'capitals_share', 'Glyphs', 'read_glyphs']
 
-# %% ../../nbs/06p_data.fonts.ipynb #5ab1d63f
+# %% ../../nbs/06p_data.fonts.ipynb #39f57ea5
 import hashlib
 import re
 import string
@@ -24,7 +24,7 @@ from scipy.spatial.distance import pdist, squareform
 from .cache import cached_arrays, digest
 from .images import check_positive_int, DataError
 
-# %% ../../nbs/06p_data.fonts.ipynb #78bf8640
+# %% ../../nbs/06p_data.fonts.ipynb #609f85c2
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _VARIANT = re.compile(
     r'\b(thin|hairline|light|regular|book|roman|text|display|medium|bold|black|heavy|italic|oblique|'
@@ -88,7 +88,7 @@ def find_faces(
         "(on Debian: apt-get install fonts-dejavu fonts-liberation fonts-lato ...), "
         "or pass a folder that has some.")
 
-# %% ../../nbs/06p_data.fonts.ipynb #4de7575d
+# %% ../../nbs/06p_data.fonts.ipynb #a42a99bf
 MASTER = 128 # font size in pixels at which characters are drawn before they are scaled down
 THUMB = 16 # side of a thumbnail
 
@@ -131,7 +131,7 @@ def _at_one_scale(drawn, size, margin):
 
 def _stretched(drawn): return np.stack([np.array(_resize(o, THUMB, THUMB)) for o in drawn])
 
-# %% ../../nbs/06p_data.fonts.ipynb #3b0fc6d3
+# %% ../../nbs/06p_data.fonts.ipynb #a0c55115
 LOOK_ALIKES = '0Oo', '1Il' # characters that are the same picture in many typefaces
 _CASE_DIFFERS = 'abdefghnqrt' # letters whose small form is not a small capital
 _SAME_PICTURE = .004 # mean difference of two thumbnails, of 1, below which they are the same
@@ -181,7 +181,7 @@ def capitals_share(
     small,capital = ([CHARACTERS.index(f(o)) for o in _CASE_DIFFERS] for f in (str.lower, str.upper))
     return (likeness[:,small,capital] > likeness[:,small,small]).mean(1)
 
-# %% ../../nbs/06p_data.fonts.ipynb #c3f47dc5
+# %% ../../nbs/06p_data.fonts.ipynb #1885a653
 @dataclass
 class Glyphs:
     "The characters in several faces."

@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/data.glyphs.html.md"""
 # %% auto #0
 __all__ = ['CLONE', 'clone_pairs', 'typeface_groups', 'split_glyphs', 'glyph_ceiling', 'glyphs_dls']
 
-# %% ../../nbs/06q_data.glyphs.ipynb #f72a0e8a
+# %% ../../nbs/06q_data.glyphs.ipynb #046ff1e3
 import numpy as np
 from fastcore.meta import delegates
 
@@ -17,7 +17,7 @@ from .groups import check_shares, equal_pairs, group_split, linked_groups, simil
 from .images import DataError
 from .loaders import item_dls, SplitDataLoaders
 
-# %% ../../nbs/06q_data.glyphs.ipynb #4f8db61e
+# %% ../../nbs/06q_data.glyphs.ipynb #afa75361
 CLONE = .92 # mean cosine of the characters from which two typefaces count as one
 
 def clone_pairs(
@@ -47,7 +47,7 @@ def split_glyphs(
     names,shares = [o.typeface for o in glyphs.faces],(1-valid_pct-test_pct, valid_pct, test_pct)
     return group_split(one_class, typeface_groups(glyphs), shares, names)
 
-# %% ../../nbs/06q_data.glyphs.ipynb #d7df4d95
+# %% ../../nbs/06q_data.glyphs.ipynb #db6a6436
 def _distinct(scaled):
     "Number of different pictures among the characters of a face."
     pairs = [[CHARACTERS.index(c) for c in o] for o in equal_characters(scaled)]
@@ -59,7 +59,7 @@ def glyph_ceiling(
     "The largest accuracy on single pictures, as far as equal pictures limit it."
     return float(np.mean([_distinct(o) for o in glyphs.scaled])/len(CHARACTERS))
 
-# %% ../../nbs/06q_data.glyphs.ipynb #476d0641
+# %% ../../nbs/06q_data.glyphs.ipynb #d00622eb
 def _part(glyphs, faces):
     "Images (N, size, size) and class numbers of some faces, class by class."
     x = glyphs.images[faces].swapaxes(0, 1)
