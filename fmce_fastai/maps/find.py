@@ -17,9 +17,9 @@ from torch import nn
 
 from ..util.state import unwrap
 from .given import taps_from_names
-from .inputs import describe_inputs, first_image, map_tensors
+from .inputs import describe_inputs, first_image, map_tensors, n_images
 from .intermediates import find_timm_model, inputs_of, taps_from_intermediates, TimmTaps, verified_taps
-from .plan import find_backbone, TapError, TapPlan, tensor_leaves
+from .plan import find_backbone, TapError, TapPlan
 from .probe import arch_name, FORWARD_ERRORS, make_tap, probe_input, probe_network, tap_readings
 from .stages import maps_from_feature_info, maps_from_stages
 
@@ -134,9 +134,8 @@ def _find_plan(model, taps, x, size):
 def _refuse_joined(arch, probe):
     "Raise `TapError` for a network of several images whose maps are all those of several images together."
     n = probe.shape[0]
-    n_inputs = sum(t.ndim == 4 for _,t in tensor_leaves(probe.x))
     rows = {s[0] for o in probe.outputs.values() for s in o.shapes.values() if len(s) > 2}
-    if n_inputs < 2 or not rows or n in rows: return
+    if n_images(probe.x) < 2 or not rows or n in rows: return
     raise TapError(f"{arch} returns maps of {max(rows)} images for {n}: it joins its inputs into one batch. "
                    "Taps read maps with one row per image, so let the network call its modules for one input "
                    "after the other.")
