@@ -94,7 +94,7 @@ def _timm_taps(root, prefix, backbone, timm_input, probe, plan):
     return timm, f"{lost} of {n} maps of forward_intermediates are no module's output" if lost else ''
 
 def _joined_note(timm_input, probe):
-    return f"timm's network gets {len(timm_input)} images for {probe.shape[0]}, so its maps have no row per image"
+    return f"timm's network gets {len(timm_input)} images for {probe.shape[0]}: no map has a row per image"
 
 def _guessed_maps(backbone, probe):
     "Source and maps for a network without usable maps of timm's."
@@ -172,7 +172,7 @@ def _check_arguments(model, taps, x, size):
 def tap_plan(
     model:nn.Module, # Any network: timm, torchvision, your own; bare or inside a fastai learner
     taps=None, # Names, wildcards, modules, or `'all'`; default: the last map per resolution, or four of one
-    x=None, # Probe input (B, C, H, W), or the tuple of all inputs as in `learn.xb`; default: `probe_input(model, size)`
+    x=None, # Images (B, C, H, W), or the tuple of all inputs as `learn.xb`; default: `probe_input(model, size)`
     size:int|tuple|None=None, # Image size of the default probe input, in pixels
     cache:bool=True, # Reuse an earlier plan for the same modules, settings, weight shapes, image size
 ) -> TapPlan: # The taps in the order in which they run
