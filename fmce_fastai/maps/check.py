@@ -41,7 +41,7 @@ def _check_map(name, fmap, edges, task, weights):
 def check_taps(
     model:nn.Module, # Any network
     plan:TapPlan, # Its taps
-    x=None, # Input (B, C, H, W), two images or more, or the tuple of inputs; default: noise of the probe's size
+    x=None, # Two images (B, C, H, W) or more, or the tuple of inputs; default: noise of the probe's size
 ): # DataFrame, one row per tap
     """What a training step finds at each tap. Columns:
 

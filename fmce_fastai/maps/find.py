@@ -17,9 +17,9 @@ from torch import nn
 
 from ..util.state import unwrap
 from .given import taps_from_names
-from .inputs import describe_inputs, first_image, map_tensors
+from .inputs import describe_inputs, first_image, map_tensors, n_images
 from .intermediates import find_timm_model, inputs_of, taps_from_intermediates, TimmTaps, verified_taps
-from .plan import find_backbone, TapError, TapPlan, tensor_leaves
+from .plan import find_backbone, TapError, TapPlan
 from .probe import arch_name, FORWARD_ERRORS, make_tap, probe_input, probe_network, tap_readings
 from .stages import maps_from_feature_info, maps_from_stages
 
@@ -94,7 +94,7 @@ def _timm_taps(root, prefix, backbone, timm_input, probe, plan):
     return timm, f"{lost} of {n} maps of forward_intermediates are no module's output" if lost else ''
 
 def _joined_note(timm_input, probe):
-    return f"timm's network gets {len(timm_input)} images for {probe.shape[0]}, so its maps have no row per image"
+    return f"timm's network gets {len(timm_input)} images for {probe.shape[0]}: no map has a row per image"
 
 def _guessed_maps(backbone, probe):
     "Source and maps for a network without usable maps of timm's."
@@ -134,9 +134,8 @@ def _find_plan(model, taps, x, size):
 def _refuse_joined(arch, probe):
     "Raise `TapError` for a network of several images whose maps are all those of several images together."
     n = probe.shape[0]
-    n_inputs = sum(t.ndim == 4 for _,t in tensor_leaves(probe.x))
     rows = {s[0] for o in probe.outputs.values() for s in o.shapes.values() if len(s) > 2}
-    if n_inputs < 2 or not rows or n in rows: return
+    if n_images(probe.x) < 2 or not rows or n in rows: return
     raise TapError(f"{arch} returns maps of {max(rows)} images for {n}: it joins its inputs into one batch. "
                    "Taps read maps with one row per image, so let the network call its modules for one input "
                    "after the other.")
@@ -173,7 +172,7 @@ def _check_arguments(model, taps, x, size):
 def tap_plan(
     model:nn.Module, # Any network: timm, torchvision, your own; bare or inside a fastai learner
     taps=None, # Names, wildcards, modules, or `'all'`; default: the last map per resolution, or four of one
-    x=None, # Probe input (B, C, H, W), or the tuple of all inputs as in `learn.xb`; default: `probe_input(model, size)`
+    x=None, # Images (B, C, H, W), or the tuple of all inputs as `learn.xb`; default: `probe_input(model, size)`
     size:int|tuple|None=None, # Image size of the default probe input, in pixels
     cache:bool=True, # Reuse an earlier plan for the same modules, settings, weight shapes, image size
 ) -> TapPlan: # The taps in the order in which they run

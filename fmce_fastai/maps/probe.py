@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..util.state import keep_buffers, quiet_eval, unwrap
-from .inputs import describe_inputs, first_image, run
+from .inputs import describe_inputs, first_image, n_images, run
 from .layout import FoundMap
 from .plan import dotted, element_suffix, find_backbone, first_tensor, get_module, is_outside
 from .plan import Tap, TapError, tensor_leaves
@@ -54,7 +54,7 @@ class ModuleOutput:
     input_shape:tuple # Shape of its first tensor input, or ()
     passed_on:set     # Elements that a container returned as it got them from its last child
     refs:dict         # Element -> weak reference to the tensor: a probe must not keep all outputs alive
-    layers:int=0      # Layers of the body, with weights of their own, whose last call had ended by then
+    layers:int=0      # Layers of the body, with weights of their own, that had run by then
 
     @property
     def has_weights(self): return next(self.module.parameters(), None) is not None
@@ -103,20 +103,25 @@ def probe_forward(
     look=None, # Called with (name, element, tensor) for each output as soon as it is there
 ) -> ProbeResult:
     "Run `model` on `x` and note every submodule that returns a tensor, at its last call."
-    outputs = {}
+    outputs,layers = {},0
     def see(name, module, args, out):
+        nonlocal layers
         tensors = dict(tensor_leaves(out))
         if not tensors: return
         if look is not None:
             for element,t in tensors.items(): look(name, element, t)
         outputs.pop(name, None)  # so they are in the order of their last calls
         child = outputs.get(last_child(name, module))
-        outputs[name] = _module_output(module, args, tensors, child)
+        outputs[name] = output = _module_output(module, args, tensors, child)
+        layers += _is_body_layer(output)
+        output.layers = layers
     with watch_outputs(model, see), quiet_eval(model): run(model, x)
-    return ProbeResult(x, outputs, _count_layers(outputs))
+    # An encoder of several images is one encoder: its layers count once
+    if n_images(x) > 1: layers = _count_layers(outputs)
+    return ProbeResult(x, outputs, layers)
 
 def _count_layers(outputs):
-    "Set `layers` of every output, and return how many there are."
+    "Set `layers` of every output by the last calls of the modules, and return how many layers there are."
     n = 0
     for output in outputs.values():
         n += _is_body_layer(output)
