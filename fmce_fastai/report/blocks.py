@@ -52,7 +52,9 @@ def all_tensors(
 ) -> list: # `NamedTensor`s, in the order of the module tree; a tied tensor once
     "Parameters and relevant buffers of `module` and its submodules."
     found = [t for n,m in module.named_modules() for t in own_tensors(dotted(name)+n if n else name, m)]
-    return list({id(t.tensor):t for t in reversed(found)}.values())[::-1]
+    seen = {}
+    for t in found: seen.setdefault(id(t.tensor), t)
+    return list(seen.values())
 
 # %% ../../nbs/05g_report.blocks.ipynb #t10
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -107,16 +109,17 @@ def _add_block(blocks, module, place):
     if not tensors: return
     stage = place.stage or place.name
     last = blocks[-1] if blocks else None
-    beside = last is not None and last.tensors[0].owner is not module and _beside(last, place)
-    if beside and _is_layer(module) and all(t.tensor.ndim < 2 for t in tensors):
+    if last is not None and _is_layer(module) and _belong_together(last, tensors, place):
         name = f"{last.name}+{place.name.rpartition('.')[2]}"
         blocks[-1] = Block(name, name if last.stage == last.name else last.stage, last.tensors + tuple(tensors))
     else: blocks.append(Block(place.name, stage, tuple(tensors)))
 
-def _beside(block, place):
-    "True if `block` is a single layer with the same parent as `place`."
+def _belong_together(block, tensors, place):
+    "True if `tensors`, a norm's, follow a single layer, or inside a chain a layer's follow a norm."
     same_parent = block.name.partition('+')[0].rpartition('.')[0] == place.name.rpartition('.')[0]
-    return same_parent and len({t.owner for t in block.tensors}) == 1 and block.tensors[0].tensor.ndim > 1
+    if not same_parent or len({t.owner for t in block.tensors}) > 1: return False
+    before,after = (any(t.tensor.ndim > 1 for t in ts) for ts in (block.tensors, tensors))
+    return before and not after or place.in_chain and after and not before
 
 # %% ../../nbs/05g_report.blocks.ipynb #t14
 def _head_names(root, tensors):
