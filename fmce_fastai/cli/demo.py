@@ -98,7 +98,7 @@ def demo_seed(
     start = time.process_time()
     with _one_thread(), _output_to(out/'log.txt'): row = _run_seed(cfg, out)
     write_run_json(out/'seed.json', dict(seed=seed, **row, cpu_seconds=time.process_time()-start))
-    accuracies = ', '.join(f"{ARMS[arm]} {100*a:.1f} %" for arm,a in row['accuracy'].items())
+    accuracies = '; '.join(f"{ARMS[arm]} {100*a:.1f} %" for arm,a in row['accuracy'].items())
     print(f"seed {seed}: {accuracies}", flush=True)
 
 # %% ../../nbs/10m_cli.demo.ipynb #4938735b
@@ -128,6 +128,7 @@ def _check_same(folder, demo):
 
 def _open_folder(demo):
     "The folder: one to resume, or a new one."
+    if demo['out'] == '': raise CommandError("--out is empty; give a value or leave the option out.")
     folder = Path(demo['out'] or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
     if (folder/'demo.json').is_file():
         _check_same(folder, demo)
@@ -170,7 +171,7 @@ def _run_demo(folder, demo):
     _draw(folder, results)
     write_run_json(folder/'results.json', results)
     print(f"\n{demo_summary(results)}\n\nPicture: {folder/'demo.png'}\nEverything is in {folder} "
-          f"({time.perf_counter()-start:.0f} s; CPU {results['cpu_seconds']:.0f} s)", flush=True)
+          f"(took {time.perf_counter()-start:.0f} s; CPU time of the seeds {results['cpu_seconds']:.0f} s)", flush=True)
 
 def _changed(demo):
     "Options that differ from their defaults, without `out`."
@@ -206,8 +207,8 @@ def fmce_demo(
     out:str=None,
     n_seeds:int=3, # Number of seeds
     jobs:int=2, # Processes, each with one torch thread
-    per_class:int=5, # Training images of each digit
-    arch:str='resnet10t', # A timm name, or torchvision.<name>
+    per_class:int=10, # Training images of each digit
+    arch:str='test_resnet', # A timm name, or torchvision.<name>; test_resnet is timm's smallest ResNet
     epochs:int=30, # Epochs of stage 1
     oracle_epochs:int=8, # Epochs of stage 2
     ral_epochs:int=6, # Epochs of each fine-tuning in stage 3

@@ -8,6 +8,9 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.demo_summary.html.md"""
 __all__ = ['ARMS', 'demo_results', 'demo_summary', 'draw_demo']
 
 # %% ../../nbs/10l_cli.demo_summary.ipynb #c681cc08
+import textwrap
+from collections import Counter
+
 from ..study.statistics import paired_difference
 
 # %% ../../nbs/10l_cli.demo_summary.ipynb #8337c39f
@@ -44,11 +47,16 @@ def _accuracy_lines(rows):
 
 def _verdict(found):
     "What the interval of a paired difference allows to say."
-    if found['low'] is None: return "no interval: that takes two seeds that differ"
-    words = f"({found['low']:+.1f} to {found['high']:+.1f})  "
-    if found['low'] > 0: return words + "better than plain in these seeds: 0 is outside"
-    if found['high'] < 0: return words + "worse than plain in these seeds: 0 is outside"
-    return words + "no difference shown: 0 is inside"
+    if found['low'] is None: return "no interval"
+    if found['low'] > 0: return "better than plain"
+    if found['high'] < 0: return "worse than plain"
+    return "no difference shown"
+
+def _interval(found):
+    "The interval of a paired difference, with the verdict and its reason."
+    if found['low'] is None: return f"{_verdict(found)}: that takes two seeds that differ"
+    where = "inside" if found['low'] <= 0 <= found['high'] else "outside"
+    return f"({found['low']:+.1f} to {found['high']:+.1f})  {_verdict(found)}: 0 is {where}"
 
 def _n_seeds(rows): return f"{len(rows)} seed{'s'*(len(rows) != 1)}"
 
@@ -57,7 +65,7 @@ def _difference_lines(results):
     rows = results['seeds']
     yield f"Difference to plain fine-tuning in points, paired by seed: mean (95 % interval) of {_n_seeds(rows)}"
     for arm,found in results['differences'].items():
-        yield f"  {ARMS[arm]:<22}{found['difference']:+8.1f}  {_verdict(found)}"
+        yield f"  {ARMS[arm]:<22}{found['difference']:+8.1f}  {_interval(found)}"
     yield "This is a smoke test, not evidence: few seeds, few images, and the universal oracle was trained"
     yield "on digits, too. Whether RAL helps on your images: fmce_study"
 
@@ -65,17 +73,15 @@ def _stage1_line(rows):
     "How stage 1 ended, and so how far the fitted oracle can be trusted."
     n = sum(r['status'] == 'converged' for r in rows)
     return f"Stage 1 converged in {n} of {_n_seeds(rows)}" + \
-        ("." if n == len(rows) else "; elsewhere the fitted oracle never saw a converged network.")
+        ("." if n == len(rows) else ". In the others the fitted oracle never saw a converged network.")
 
-def _report_line(rows):
+def _report_lines(rows):
     "The verdict of `fmce_report` on the networks that the fitted oracle trained."
-    counts = {}
-    for r in rows:
-        for name in r['untrained']: counts[name] = counts.get(name, 0) + 1
-    title = "fmce_report after RAL with the fitted oracle: "
-    if not counts: return title + f"no module looks untrained, in {_n_seeds(rows)}."
+    counts = Counter(name for r in rows for name in r['untrained'])
     found = ', '.join(f"{name} ({n} of {_n_seeds(rows)})" for name,n in sorted(counts.items()))
-    return title + f"untrained, or of no use for these classes: {found}."
+    verdict = f"{found} look untrained: with shuffled weights their maps score about as high."
+    if not counts: verdict = f"no module looks untrained in {_n_seeds(rows)}."
+    return textwrap.wrap(f"fmce_report after RAL with the fitted oracle: {verdict}", 100)
 
 def demo_summary(
     results:dict, # From `demo_results`
@@ -85,7 +91,7 @@ def demo_summary(
     title = (f"FMCE-Net++ with {demo['arch']} on {demo['per_class']} training images of each digit, "
              f"alpha {demo['alpha']:g}")
     parts = [[title], _accuracy_lines(rows), _difference_lines(results),
-             [_stage1_line(rows), _report_line(rows)]]
+             [_stage1_line(rows), *_report_lines(rows)]]
     return '\n\n'.join('\n'.join(lines) for lines in parts)
 
 # %% ../../nbs/10l_cli.demo_summary.ipynb #6905aaa3
@@ -126,7 +132,7 @@ def _draw_differences(ax, results):
         ax.plot([x-.12]*len(points), points, 'o', color='0.6', ms=5)
         ax.plot(x, found['difference'], 's', color=_ORANGE, ms=7)
         if found['low'] is not None: ax.vlines(x, found['low'], found['high'], color=_ORANGE, lw=2.5)
-    names = [ARMS[arm].replace(' ', '\n', 1) for arm in results['differences']]
+    names = [f"{ARMS[arm]}:\n{_verdict(found)}" for arm,found in results['differences'].items()]
     ax.set_xticks(range(len(names)), names, fontsize='small')
     ax.set(xlim=(-.5, len(names)-.5), ylabel='points of accuracy')
     ax.set_title('difference to plain: seeds (grey), mean, 95 % interval')
