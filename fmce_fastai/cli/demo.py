@@ -181,8 +181,8 @@ def _changed(demo):
 def _stop(e, demo, folder):
     "Print what went wrong, what is kept, and how to resume; then exit."
     done = [p.parent.name for p in sorted(folder.glob('seed*/seed.json'))]
-    text = (f"{error_line(e, demo)}\nKept in {folder}: {', '.join(done) or 'no finished seed yet'}; "
-            "finished stages of the others, too.")
+    text = (f"{error_line(e, demo)}\nKept in {folder}: {', '.join(done) or 'no finished seed yet'}, and the "
+            "finished stages of the others.")
     if not isinstance(e, CannotResume):
         options = ''.join(f" {as_option(k)} {v}" for k,v in _changed(demo).items())
         text += f" Resume with: fmce_demo --out {shlex.quote(str(folder))}{options}"
