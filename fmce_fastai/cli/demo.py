@@ -163,8 +163,7 @@ def _run_demo(folder, demo):
     "Run what is missing, then write and print the results."
     from fmce_fastai.util.processes import run_in_processes
     start = time.perf_counter()
-    print(f"{demo['n_seeds']} seeds in {demo['jobs']} processes. Results, and each seed's log.txt, go to "
-          f"{folder}", flush=True)
+    print(f"Results, and a log.txt for each seed, go to {folder}", flush=True)
     calls = [(folder, demo, seed) for seed in range(demo['n_seeds'])]
     run_in_processes(demo_seed, demo['jobs'], calls, 'seeds', bar=False)
     results = demo_results(demo, _read_seeds(folder, demo['n_seeds']))

@@ -73,7 +73,7 @@ def _stage1_line(rows):
     "How stage 1 ended, and so how far the fitted oracle can be trusted."
     n = sum(r['status'] == 'converged' for r in rows)
     return f"Stage 1 converged in {n} of {_n_seeds(rows)}" + \
-        ("." if n == len(rows) else ". In the others the fitted oracle never saw a converged network.")
+        ("." if n == len(rows) else ". Where it did not, the fitted oracle never saw a converged network.")
 
 def _report_lines(rows):
     "The verdict of `fmce_report` on the networks that the fitted oracle trained."
