@@ -1,6 +1,6 @@
-# Three commands matter: `make demo` (the three stages on real images), `make test` (every test) and `make docs` (the site).
+# Three commands matter: `make demo` (the three stages on few digits), `make test` (every test) and `make docs` (the site).
 # Each creates .venv on first use, or reuses it. PYTHON=python3.12 picks the interpreter,
-# DEMO="--data fashion_mnist --root DIR" passes options to the demo, WORKERS=8 runs the tests in so many processes.
+# DEMO="--full" passes options to the demo (--full: all digits, one seed, by fmce_train), WORKERS=8 runs the tests in so many processes.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
@@ -10,7 +10,7 @@ WORKERS ?= 2
 .PHONY: demo test style sweep soak export docs tutorials workflows dist clean
 
 demo: .venv/.installed
-	$(BIN)/fmce_train $(DEMO)
+	$(BIN)/fmce_demo $(DEMO)
 
 test: .venv/.installed
 	$(BIN)/python tools/check_export.py

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18, shufflenet_v2_x1_0
 
 from fmce_fastai import __version__
+from fmce_fastai.cli import demo
 from fmce_fastai.cli.common import CommandError
+from fmce_fastai.cli.demo import fmce_demo
 from fmce_fastai.cli.learner import run_dls, run_learner
 from fmce_fastai.cli.networks import check_weights
 from fmce_fastai.cli.options import resumed_settings
@@ -85,7 +87,7 @@ def test_resume_heeds_an_option_that_equals_its_default(copy):
 
 # All commands ----------------------------------------------------------------------------------------------------------
 
-COMMANDS = dict(fmce_train=fmce_train, fmce_taps=fmce_taps, fmce_report=fmce_report, fmce_pretrain=fmce_pretrain, fmce_study=fmce_study)
+COMMANDS = dict(fmce_train=fmce_train, fmce_taps=fmce_taps, fmce_report=fmce_report, fmce_pretrain=fmce_pretrain, fmce_study=fmce_study, fmce_demo=fmce_demo)
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_version(name):
@@ -107,6 +109,70 @@ def test_help_shows_every_option_with_its_default(name):
 def test_python_callers_see_no_version(name):
     import inspect
     assert 'version' not in inspect.signature(COMMANDS[name]).parameters
+
+# The demonstration -----------------------------------------------------------------------------------------------------
+
+FEW = dict(epochs=12, jobs=1)  # a complete miniature runs in the notebook of the command
+
+@pytest.fixture
+def made_up_seeds(monkeypatch):
+    "Seeds train nothing: accuracies are made up. The seeds that were run, in order."
+    import matplotlib.pyplot as plt
+    done = []
+    def run_seed(cfg, out):
+        done.append(cfg['seed'])
+        plain = .80 + .05*cfg['seed']
+        return dict(accuracy=dict(before=.7, plain=plain, ral=plain-.02, universal=plain+.01*(cfg['seed']+1)), images=300, status='converged', untrained=['layer1'], versions=dict(torch='2'))
+    monkeypatch.setattr(demo, '_run_seed', run_seed)
+    monkeypatch.setattr(demo, '_draw', lambda folder, results: plt.figure().savefig(folder/'demo.png'))
+    return done
+
+def demo_refused(capsys, code=1, **options):
+    "What the command says when it refuses `options`."
+    with pytest.raises(SystemExit) as e: fmce_demo(**options)
+    said = capsys.readouterr().err
+    assert e.value.code == code and said.startswith('fmce_demo: ') and 'Traceback' not in said
+    return said
+
+def test_the_demonstration_pairs_its_seeds_and_resumes(made_up_seeds, tmp_path, capsys):
+    run = dict(FEW, n_seeds=2, out=str(tmp_path/'demo'))
+    fmce_demo(**run)
+    text,r = capsys.readouterr().out,read(tmp_path/'demo')
+    for part in ('seed 1', 'RAL, universal oracle', 'no difference shown', 'not evidence', 'trained\non digits', 'layer1 (2 of 2 seeds)', str(tmp_path/'demo/demo.png')): assert part in text, part
+    assert {arm:round(d['difference'], 6) for arm,d in r['differences'].items()} == dict(ral=-2, universal=1.5) and r['differences']['universal']['seeds'] == 2
+    (tmp_path/'demo/seed1/seed.json').unlink()
+    fmce_demo(**run)
+    assert made_up_seeds == [0, 1, 1] and read(tmp_path/'demo')['differences'] == r['differences'] and 'seed 0: finished before, kept' in capsys.readouterr().out
+    assert '--alpha 0.9, not 0.5' in demo_refused(capsys, **{**run, 'alpha':.5}) and len(made_up_seeds) == 3
+
+def test_an_interrupted_demonstration_says_what_is_kept(made_up_seeds, monkeypatch, tmp_path, capsys):
+    def interrupted(cfg, out, run=demo._run_seed):
+        if cfg['seed'] == 1: raise KeyboardInterrupt
+        return run(cfg, out)
+    monkeypatch.setattr(demo, '_run_seed', interrupted)
+    said = demo_refused(capsys, 130, **FEW, out=str(tmp_path/'my demo'))
+    assert 'stopped by Ctrl-C' in said and f"Kept in {tmp_path/'my demo'}: seed0" in said
+    assert said.strip().endswith(f"Resume with: fmce_demo --out '{tmp_path/'my demo'}' --jobs 1 --epochs 12")
+
+@pytest.mark.parametrize('bad,part', [(dict(per_class=3), '--per-class is 3'), (dict(per_class=101), '--full'), (dict(jobs=0), '--jobs is 0'), (dict(epochs=1), 'Give --epochs'), (dict(alpha=2.), '--alpha'),
+    (dict(arch='resnet1o'), 'Near it'), (dict(out='/dev/null'), 'not an empty folder'), (dict(out='/dev/null/x'), 'cannot be made'), (dict(out=''), '--out is empty'), (dict(full=True), '--jobs does not go with --full')])
+def test_a_refused_demonstration_leaves_nothing(bad, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = demo_refused(capsys, **{**FEW, **bad})
+    assert part in said and len(said.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+def test_a_demonstration_leaves_other_folders_alone(made_up_seeds, tmp_path, capsys):
+    (tmp_path/'mine.txt').write_text('x')
+    assert 'not an empty folder' in demo_refused(capsys, **FEW, out=str(tmp_path))
+    (tmp_path/'d').mkdir()
+    (tmp_path/'d/demo.json').write_text('{')
+    assert 'demo.json is damaged' in demo_refused(capsys, **FEW, out=str(tmp_path/'d')) and made_up_seeds == []
+
+def test_the_full_demonstration_is_fmce_train(monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, 'fmce_train', lambda **kwargs: seen.append(kwargs))
+    fmce_demo(full=True, out='x')
+    assert seen == [dict(out='x')]
 
 # Studies on one's own images -------------------------------------------------------------------------------------------
 

@@ -29,7 +29,10 @@ def run_dls(
             raise CommandError(f"--download goes with --data {', '.join(known)}; "
                                f"{cfg['data']} needs none. Leave it out.")
         kwargs['download'] = True
-    return get_dls(cfg['data'], root=cfg['root'], **kwargs)
+    dls = get_dls(cfg['data'], root=cfg['root'], **kwargs)
+    # Fewer images to validate on after every epoch; `final_scores` reads the test split in full
+    if cfg.get('n_valid'): dls.loaders[1] = dls.valid.new(n=cfg['n_valid'])
+    return dls
 
 def _build_learner(dls, arch, cut, **kwargs):
     "`vision_learner` with all weights trainable."

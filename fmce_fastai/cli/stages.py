@@ -77,11 +77,12 @@ def oracle_stage(
     plot_run(out/'calibration.png', lambda: plot_calibration(oracle, dataset, bar=bar)[0].figure)
     return dict(scores=oracle.card['scores'], parameters=oracle.n_params)
 
-def _ral_callback(cfg, out):
-    "RAL with the oracle of stage 2."
+def _ral_callback(cfg, out, arm):
+    "RAL with the oracle of stage 2, or with the universal one."
     from fmce_fastai.train.callback import FMCECallback
     from fmce_fastai.oracle.files import OracleFileError
     from fmce_fastai.oracle.base import FMCENet
+    if arm == 'universal': return FMCECallback(alpha=cfg['alpha'], oracle=FMCENet.universal())
     try: return FMCECallback(alpha=cfg['alpha'], oracle=FMCENet.load(out/'oracle.safetensors'))
     except OracleFileError as e: raise CannotResume(f"{e} {rerun_hint(out, 'stage2')}") from e
 
@@ -94,15 +95,15 @@ def _lower_rate(lr, out, arm):
 def fine_tune_stage(
     cfg:dict, # The options of `fmce_train`, by name
     out, # Folder of the run, a `Path`
-    arm:str, # `plain` or `ral`
+    arm:str, # `plain`, `ral` (with the oracle of stage 2) or `universal` (with the universal oracle)
 ) -> dict: # test
     "Stage 3: fine-tune from stage 1's weights, plainly or with RAL."
     from fastai.torch_core import set_seed
     dls = run_dls(cfg)
     learn = run_learner(cfg, dls, fresh=False)
     load_weights(learn.model, out/'stage1.safetensors', read_json(out/'stage1.json')['sha256'])
-    cbs = [_ral_callback(cfg, out)] if arm == 'ral' else []
-    set_seed(cfg['seed'] + 1)  # both arms have the same dropout masks and augmentation
+    cbs = [] if arm == 'plain' else [_ral_callback(cfg, out, arm)]
+    set_seed(cfg['seed'] + 1)  # all arms have the same dropout masks and augmentation
     lr = cfg['ral_lr'] or cfg['lr']/10
     pretrained = cfg['pretrained'] or cfg['weights']
     fit_stage(learn, cfg['ral_epochs'], lr, f"stage 3 ({arm})", cbs, pretrained,

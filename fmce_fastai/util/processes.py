@@ -23,10 +23,23 @@ def end_with_parent():
         os._exit(1)
     Thread(target=watch, daemon=True).start()
 
-def _start_worker(threads):
+_stop = None  # in a worker process: an event, set once a call has failed
+
+def _start_worker(threads, stop):
     "Initialise a worker process."
+    global _stop
+    _stop = stop
     if threads is not None: torch.set_num_threads(threads)
     end_with_parent()
+
+def _call(fn, args):
+    "`fn(*args)` in a worker process, unless another call has failed."
+    # The executor hands out one call more than there are workers, and cannot take it back
+    if _stop.is_set(): return
+    try: fn(*args)
+    except BaseException:
+        _stop.set()
+        raise
 
 # %% ../../nbs/00e_util.processes.ipynb #b814f8af
 def named_bar(
@@ -58,10 +71,12 @@ def run_in_processes(
 def _run_in_pool(fn, jobs, todo, shown, threads):
     "`fn(*args)` for each of `todo` in `jobs` new processes; `shown` adds a progress bar."
     spawn = get_context('spawn')
-    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(threads,))
+    stop = spawn.Event()
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(threads, stop))
     try:
-        for done in shown(as_completed([pool.submit(fn, *args) for args in todo])): done.result()
+        for done in shown(as_completed([pool.submit(_call, fn, args) for args in todo])): done.result()
     except BaseException:
+        stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
