@@ -126,7 +126,10 @@ class ScoringCallback(Callback):
     def score_maps(self,
         maps:dict, # Tap name -> (B, C, H, W)
     ) -> Scores:
-        "The scores of a batch; with a memory bank, those of modules that count are among the images in it."
+        """The scores of a batch; with a memory bank, those of modules that count are among the images in it.
+
+        Modules that do not count are scored without graph: their scores are only watched."""
+        maps = {n:m if counts else m.detach() for (n,m),counts in zip(maps.items(), self.counted)}
         if not self.memory or self.batch_targets is None: return self.scorer(maps, self.batch_targets)
         counted = {n:m for (n,m),counts in zip(maps.items(), self.counted) if counts}
         others = {n:m for n,m in maps.items() if n not in counted}
@@ -137,9 +140,7 @@ class ScoringCallback(Callback):
 
     def _score_with_neighbours(self, maps):
         "The scores of the batch's own images, among those in the memory bank."
-        all_maps,targets = self._bank.with_neighbours(maps, self.batch_targets, self.memory)
-        scores = self._scorer_of(maps)(all_maps, targets)
-        return Scores(*(s[:len(self.batch_targets)] for s in scores))
+        return self._bank.score(self._scorer_of(maps), maps, self.batch_targets, self.memory)
 
     def _scorer_of(self, maps): return self.oracle.on(self.feature_tap.plan.subset(maps))
 
