@@ -38,6 +38,7 @@ from fmce_fastai.train.recorder import FMCSRecorder
 
 HERE = Path(__file__).parent
 PAIRS = 8  # of a plain and a RAL step, behind a row
+WARM = 4  # pairs before the first row: probing, allocation, the memory bank fills
 
 
 def resnet_learner(root, n_train, cbs=None):
@@ -71,13 +72,13 @@ class AlternatingRAL(FMCECallback):
 
 def step_seconds(root, n_rows, universal=False, memory=0):
     "Pairs of CPU seconds, of `PAIRS` plain and RAL steps; RAL by a fitted or the universal oracle."
-    n_pairs = PAIRS * (n_rows + 1)  # the first row warms up
+    n_pairs = WARM + PAIRS * n_rows
     learn, clock = resnet_learner(root, 64 * 2 * n_pairs), StepClock()
     oracle = FMCENet.universal() if universal else FittedFMCENet(tap_plan(learn.model)).freeze()
     ral = AlternatingRAL(alpha=0.9, oracle=oracle, memory=memory)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, ral])
     if (ral.history.acted != n_pairs).any(): raise SystemExit(f"RAL missed steps:\n{ral.history}")
-    return torch.tensor(clock.seconds).view(-1, PAIRS, 2).sum(1)[1:].tolist()
+    return torch.tensor(clock.seconds).view(-1, 2)[WARM:].view(-1, PAIRS, 2).sum(1).tolist()
 
 
 class TimedTap(FeatureTap):
