@@ -1,10 +1,15 @@
-"""What recording costs in stage 1, what a RAL step costs over a plain one, and what taps alone cost, as ratios.
+"""What recording, a RAL step and taps alone cost: CPU time with them over CPU time without.
 
     python benchmarks/overhead.py --root /usr/share/datasets/fashion-mnist
 
-Recording: the time spent in the recorder's events during a fit (reading the sample, snapshots, writing, labelling), over the rest of that fit; snapshots and steps alternate, so a
-machine that slows down slows both. RAL: the same learner's steps with and without `FMCECallback`, in blocks that alternate. Taps: the time spent in arming, in the hooks and in taking the maps, over the rest of the
-steps; nothing is done with the maps. timm `resnet18`, 64x64 pixels, batch 64.
+RAL: one fit in which `FMCECallback` works in every second step and does nothing in the others. A row
+compares 8 steps with it (one of them measures gradient norms, as every 8th does) to the 8 steps between.
+Recording: the time spent in the recorder's events during a fit (reading the sample, snapshots, writing,
+labelling), over the rest of that fit. Taps: the time spent in arming, in the hooks and in taking the maps,
+over the rest of the steps; nothing is done with the maps.
+
+Times are CPU times of the process, and steps that are compared follow each other: other work on the
+machine slows both down. timm `resnet18`, 64x64 pixels, batch 64.
 """
 import csv
 import platform
@@ -23,77 +28,71 @@ from fastcore.script import call_parse
 import fastai.callback.progress
 import fastai.callback.schedule
 from fmce_fastai import __version__
-from fmce_fastai.train.callback import FMCECallback
 from fmce_fastai.data.torchvision import fashion_mnist_dls
+from fmce_fastai.maps.find import tap_plan
+from fmce_fastai.maps.tap import FeatureTap
 from fmce_fastai.oracle.base import FMCENet
 from fmce_fastai.oracle.fitted import FittedFMCENet
+from fmce_fastai.train.callback import FMCECallback
 from fmce_fastai.train.recorder import FMCSRecorder
-from fmce_fastai.maps.tap import FeatureTap
-from fmce_fastai.maps.find import tap_plan
 
 HERE = Path(__file__).parent
+PAIRS = 8  # of a plain and a RAL step, behind a row
+WARM = 4  # pairs before the first row: probing, allocation, the memory bank fills
 
 
-class TimedRecorder(FMCSRecorder):
-    "A recorder that adds up the time it takes."
-    spent = 0.0
-    def __call__(self, event_name):
-        start = time.perf_counter()
-        super().__call__(event_name)
-        self.spent += time.perf_counter() - start
-
-
-def recording_seconds(root, n_train, epochs):
-    "Seconds of one recorded fit from scratch without and with what the recorder took."
+def resnet_learner(root, n_train, cbs=None):
+    "A learner on `n_train` images of FashionMNIST, with next to no validation."
     set_seed(0)
-    recorder = TimedRecorder()
-    learn = vision_learner(fashion_mnist_dls(size=64, bs=64, n_train=n_train, root=root, device="cpu"), "resnet18", pretrained=False, cbs=recorder)
+    dls = fashion_mnist_dls(size=64, bs=64, n_train=n_train, root=root, device="cpu")
+    learn = vision_learner(dls, "resnet18", pretrained=False, cbs=cbs)
     learn.dls.loaders[1] = learn.dls.valid.new(n=64)  # validation is no part of the comparison
-    with learn.no_bar(), learn.no_logging():
-        start = time.perf_counter()
-        learn.fit_one_cycle(epochs, 3e-3)
-        total = time.perf_counter() - start
-    return total - recorder.spent, total
+    return learn
 
 
 class StepClock(Callback):
-    "Time from the start of the first training step to the end of the last: neither set-up nor validation."
+    "CPU seconds from each training step to the next."
     order, run_valid = -100, False
-    def before_train(self): self.start = None
-    def before_batch(self): self.start = self.start or time.perf_counter()
-    def after_train(self): self.seconds = time.perf_counter() - self.start
+    def before_train(self): self.times = []
+    def before_batch(self): self.times.append(time.process_time())
+    def after_train(self): self.times.append(time.process_time())
+    @property
+    def seconds(self): return [b - a for a, b in zip(self.times, self.times[1:])]
 
 
-def step_seconds(root, blocks, steps, universal=False, memory=0):
-    "Wall times of blocks of training steps, plain and with RAL by a fitted or the universal oracle in turn: two lists."
-    set_seed(0)
-    dls = fashion_mnist_dls(size=64, bs=64, n_train=64 * steps, root=root, device="cpu")
-    learn = vision_learner(dls, "resnet18", pretrained=False)
-    learn.dls.loaders[1] = learn.dls.valid.new(n=64)
+class AlternatingRAL(FMCECallback):
+    "RAL in every second step; in the others, nothing is read, scored or added."
+    @property
+    def is_on(self): return self.iter % 2 == 1
+    def arm_tap(self):
+        if self.is_on: super().arm_tap()
+    def after_loss(self):
+        if self.is_on: super().after_loss()
+
+
+def step_seconds(root, n_rows, universal=False, memory=0):
+    "Pairs of CPU seconds, of `PAIRS` plain and RAL steps; RAL by a fitted or the universal oracle."
+    n_pairs = WARM + PAIRS * n_rows
+    learn, clock = resnet_learner(root, 64 * 2 * n_pairs), StepClock()
     oracle = FMCENet.universal() if universal else FittedFMCENet(tap_plan(learn.model)).freeze()
-    times, clock = {"plain": [], "ral": []}, StepClock()
-    with learn.no_bar(), learn.no_logging():
-        for block in range(blocks + 1):
-            for arm in ("plain", "ral") if block % 2 else ("ral", "plain"):
-                learn.fit(1, 1e-3, cbs=[clock, FMCECallback(alpha=0.9, oracle=oracle, memory=memory)] if arm == "ral" else clock)
-                if block: times[arm].append(clock.seconds)  # the first block warms up
-    return times["plain"], times["ral"]
+    ral = AlternatingRAL(alpha=0.9, oracle=oracle, memory=memory)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, ral])
+    if (ral.history.acted != n_pairs).any(): raise SystemExit(f"RAL missed steps:\n{ral.history}")
+    return torch.tensor(clock.seconds).view(-1, 2)[WARM:].view(-1, PAIRS, 2).sum(1).tolist()
 
 
 class TimedTap(FeatureTap):
-    "A tap that adds up the time it takes."
+    "A tap that adds up the CPU time it takes."
     spent = 0.0
     def _timed(self, f, *args):
-        start = time.perf_counter()
+        start = time.process_time()
         try: return f(*args)
-        finally: self.spent += time.perf_counter() - start
+        finally: self.spent += time.process_time() - start
     def arm(self, model): return self._timed(super().arm, model)
     def take(self): return self._timed(super().take)
     def _begin(self, *args): return self._timed(super()._begin, *args)
+    def _read(self, *args): return self._timed(super()._read, *args)
     def _done(self, *args): return self._timed(super()._done, *args)
-    def _reader(self, tap):
-        hook = super()._reader(tap)
-        return lambda *args: self._timed(hook, *args)
 
 
 class TapEachStep(Callback):
@@ -105,16 +104,64 @@ class TapEachStep(Callback):
 
 
 def tap_seconds(root, steps):
-    "Seconds of one block of steps without and with what the taps took."
-    set_seed(0)
-    learn = vision_learner(fashion_mnist_dls(size=64, bs=64, n_train=64 * steps, root=root, device="cpu"), "resnet18", pretrained=False)
-    learn.dls.loaders[1] = learn.dls.valid.new(n=64)
+    "CPU seconds of a block of steps without and with what the taps took."
+    learn = resnet_learner(root, 64 * steps)
     tap, clock = TimedTap(tap_plan(learn.model)), StepClock()
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3, cbs=[TapEachStep(tap)])  # warms up
         tap.spent = 0.0
         learn.fit(1, 1e-3, cbs=[clock, TapEachStep(tap)])
-    return clock.seconds - tap.spent, clock.seconds
+    total = sum(clock.seconds)
+    return total - tap.spent, total
+
+
+class TimedRecorder(FMCSRecorder):
+    "A recorder that adds up the CPU time it takes."
+    spent = 0.0
+    def __call__(self, event_name):
+        start = time.process_time()
+        super().__call__(event_name)
+        self.spent += time.process_time() - start
+
+
+def recording_seconds(root, n_train, epochs):
+    "CPU seconds of one recorded fit from scratch without and with what the recorder took."
+    recorder = TimedRecorder()
+    learn = resnet_learner(root, n_train, recorder)
+    with learn.no_bar(), learn.no_logging():
+        start = time.process_time()
+        learn.fit_one_cycle(epochs, 3e-3)
+        total = time.process_time() - start
+    return total - recorder.spent, total
+
+
+def csv_path(folder, what):
+    "The file of a measure; its name holds the conditions."
+    conditions = f"cpu_float32_torch{torch.__version__.split('+')[0]}"
+    return Path(folder) / f"overhead_{what.replace(',', '').replace(' ', '_')}_{conditions}.csv"
+
+
+class Table:
+    "The rows of a measure, printed and written as they come."
+    def __init__(self, what, setting, out, threads):
+        self.what, self.path, self.rows = what, csv_path(out, what), []
+        self.first = dict(what=what, setting=setting)
+        self.common = dict(arch="resnet18", size=64, bs=64, threads=threads, torch=torch.__version__,
+                           timm=timm.__version__, fmce_fastai=__version__, python=platform.python_version())
+
+    def add(self, plain, with_it):
+        seconds = dict(plain_seconds=round(plain, 3), with_seconds=round(with_it, 3))
+        self.rows.append({**self.first, **seconds, "ratio": round(with_it / plain, 4), **self.common})
+        with self.path.open("w", newline="") as f:
+            writer = csv.DictWriter(f, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def report(self):
+        ratios = sorted(r["ratio"] for r in self.rows)
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        print(f"{self.what}: median ratio {statistics.median(ratios):.4f}, middle half {low:.4f} to "
+              f"{high:.4f}, all {ratios[0]:.4f} to {ratios[-1]:.4f}, {len(ratios)} rows", flush=True)
 
 
 @call_parse
@@ -123,36 +170,30 @@ def main(
     fits: int = 1,  # Recorded stage-1 fits; 0 for none
     n_train: int = 10_000,  # Training images of stage 1
     epochs: int = 5,  # Epochs of stage 1
-    blocks: int = 6,  # Pairs of blocks of steps, with a fitted oracle; 0 for none
-    universal: int = 6,  # The same with the universal oracle
-    memory: int = 3,  # The same with a memory of 200 images
+    fitted: int = 12,  # Rows of RAL with a fitted oracle; 0 for none
+    universal: int = 12,  # The same with the universal oracle
+    memory: int = 12,  # The same with a memory of 200 images
     taps: int = 4,  # Blocks of steps with taps alone; 0 for none
-    steps: int = 16,  # Steps in a block
+    steps: int = 16,  # Steps of such a block
     threads: int = 1,  # Torch threads
     out: str = str(HERE),  # Folder for the CSV files, one per measure
 ):
-    "Measure the cost of recording and of a RAL step, as ratios, and write a CSV"
+    "Measure the cost of recording, of a RAL step and of taps, as ratios, and write a CSV for each"
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    where = f"cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
-    common = dict(arch="resnet18", size=64, bs=64, threads=threads, torch=torch.__version__, timm=timm.__version__, fmce_fastai=__version__, python=platform.python_version())
-    rows = []
-
-    def add(what, setting, a, b):
-        rows.append(dict(what=what, setting=setting, plain_seconds=round(a, 3), with_seconds=round(b, 3), ratio=round(b / a, 4)) | common)
-        print(rows[-1], flush=True)
-        mine = [r for r in rows if r["what"] == what]
-        with (Path(out) / f"overhead_{what.replace(',', '').replace(' ', '_')}_{where}").open("w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(mine)
-
-    if blocks:
-        for a, b in zip(*step_seconds(root, blocks, steps)): add("RAL step", f"{steps} steps a block", a, b)
-    if universal:
-        for a, b in zip(*step_seconds(root, universal, steps, True)): add("RAL step, universal oracle", f"{steps} steps a block", a, b)
-    if memory:
-        for a, b in zip(*step_seconds(root, memory, steps, True, 200)): add("RAL step, universal oracle, memory of 200 images", f"{steps} steps a block", a, b)
-    for _ in range(taps): add("taps alone", f"{steps} steps a block", *tap_seconds(root, steps))
-    for _ in range(fits): add("recording", f"{n_train} images, {epochs} epochs, 256 images at 16 snapshots", *recording_seconds(root, n_train, epochs))
-    for what in dict.fromkeys(r["what"] for r in rows): print(what, "median ratio", statistics.median(r["ratio"] for r in rows if r["what"] == what))
+    turns = f"{PAIRS} steps each, in turn, CPU time"
+    recorded = f"{n_train} images, {epochs} epochs, 256 images at 16 snapshots, CPU time"
+    measures = [
+        ("RAL step", turns, fitted, lambda: step_seconds(root, fitted)),
+        ("RAL step, universal oracle", turns, universal, lambda: step_seconds(root, universal, True)),
+        ("RAL step, universal oracle, memory of 200 images", turns, memory,
+         lambda: step_seconds(root, memory, True, 200)),
+        ("taps alone", f"{steps} steps, CPU time", taps,
+         lambda: (tap_seconds(root, steps) for _ in range(taps))),
+        ("recording", recorded, fits, lambda: (recording_seconds(root, n_train, epochs) for _ in range(fits))),
+    ]
+    for what, setting, rows, measure in measures:
+        if not rows: continue
+        table = Table(what, setting, out, threads)
+        for pair in measure(): table.add(*pair)
+        table.report()

@@ -119,8 +119,14 @@ class FMCENet(nn.Module):
         # Scores are differences of small numbers: no half precision inside an oracle
         with torch.autocast(device_type=self.levels.device.type, enabled=False):
             clean,finite = clean_maps({n:maps[n] for n in names})
-            logits,valid = self.score_clean(clean, finite, targets)
-            fmcs = logits.softmax(-1) @ self.levels
+            return self.scores_of(*self.score_clean(clean, finite, targets))
+
+    def scores_of(self,
+        logits:torch.Tensor, # (B, M, K)
+        valid:torch.Tensor, # (B, M) bool
+    ) -> Scores:
+        "Scores with these logits: FMCS is the mean level."
+        fmcs = logits.softmax(-1) @ self.levels
         return Scores(fmcs, logits, valid & fmcs.isfinite())
 
     # Hooks for kinds of oracle

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..maps.plan import TapPlan
-from .base import check_is_map, FMCENet, OracleError
-from fmce_fastai.oracle.kernels import (
-    class_alignment, class_share, gram_views, has_pair, kernels, N_KERNELS, same_class, similarity_moments,
-    u_center)
+from .base import check_is_map, FMCENet, OracleError, Scores
+from .kernels import (
+    class_alignment, class_pairs, class_share, gram_views, has_pair, kernels, N_KERNELS, same_class,
+    similarity_moments, u_center)
+from .neighbours import aligned_rows
 
 # %% ../../nbs/03f_oracle.universal.ipynb #60476a20
 class MonotoneNet(nn.Module):
@@ -166,6 +167,27 @@ class UniversalFMCENet(FMCENet):
         depth = torch.full((n, 1), float(depth), device=fmap.device)
         if same is None: return self.free_logits(*features, depth), varies.expand(n)
         return self.labelled(torch.cat(features, -1), depth), varies & has_pair(same)
+
+    def score_among(self,
+        grams:dict, # Tap name -> (2, N, N) Gram matrices of the maps, from `NeighbourGrams.join`
+        targets:torch.Tensor, # (N,) class labels or (N, C) class probabilities
+        n:int, # Number of images to score
+    ) -> Scores:
+        """The scores of the first `n` of N images: the same as those of all N maps, without the maps.
+
+        A subclass that overrides `score_map` or `features` overrides this too."""
+        same = same_class(targets.to(self.levels.device))
+        if len(same) < max(self.min_batch, 4):
+            logits,valid = zip(*(self._not_scored(g[0,:n]) for g in grams.values()))
+            return self.scores_of(torch.stack(logits, 1), torch.stack(valid, 1))
+        pairs,depths = class_pairs(same),self._depths(list(grams))
+        logits = torch.stack([self._score_rows(g, pairs, n, depths[name]) for name,g in grams.items()], 1)
+        return self.scores_of(logits, has_pair(same)[:n,None].expand(logits.shape[:2]))
+
+    def _score_rows(self, grams, pairs, n, depth):
+        "(n, K) logits of the first `n` images of one map."
+        features = [_batch_and_image(*f) for f in aligned_rows(grams, pairs, n)]
+        return self.labelled(torch.cat(features, -1), torch.full((n, 1), float(depth), device=grams.device))
 
     def _not_scored(self, fmap):
         "Logits of 0, with a gradient of 0, for a batch that is too small."

@@ -234,7 +234,7 @@ class FMCECallback(ScoringCallback):
     def _views(self, maps, edges, alpha, norms):
         "The maps for the oracle: without graph where RAL does not act, else watched in every 8th step."
         if alpha == 0: return {n:m.detach() for n,m in maps.items()}
-        return norms.watch(maps, edges) if len(self.epoch_steps) % NORMS_EVERY == 0 else maps
+        return norms.watch(maps, edges, self.counted) if len(self.epoch_steps) % NORMS_EVERY == 0 else maps
 
     def _blend(self, alpha, aux, counts):
         "Replace the task loss by RAL; where that is not possible, leave it and return the reason."

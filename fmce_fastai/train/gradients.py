@@ -18,19 +18,29 @@ class GradientNorms:
     def watch(self,
         maps:dict, # Tap name -> (B, C, H, W), with graph
         edges:dict|None=None, # `FeatureTap.edges()`: where the rest arrives, for rearranged or copied maps
+        counted=None, # (M,) bool, which maps count in the FMCS loss; default all
     ) -> dict: # Tap name -> view of the map, for the oracle
-        "Views for the oracle; maps that carry no gradient are returned as they are."
+        """Views for the oracle; maps that carry no gradient are returned as they are.
+
+        Maps that do not count get no direct gradient: its norm is 0, whatever the oracle is given."""
         edges = edges or {}
-        return {n:self._watch(n, m, edges.get(n)) if m.requires_grad else m for n,m in maps.items()}
+        counted = [True]*len(maps) if counted is None else counted
+        def view(name, fmap, counts):
+            if not fmap.requires_grad: return fmap
+            return (self._watch if counts else self._watch_rest)(name, fmap, edges.get(name))
+        return {n:view(n, m, counts) for (n,m),counts in zip(maps.items(), counted)}
 
     def _watch(self, name, fmap, edge):
         view = fmap.view_as(fmap)
         def keep_direct(g): self._pending[name] = g
-        def split_sum(g): self._split(name, g)
         view.register_hook(keep_direct)
-        if edge is None: fmap.register_hook(split_sum)
-        else: on_node_gradient(*edge, split_sum)
+        _on_gradient(fmap, edge, lambda g: self._split(name, g))
         return view
+
+    def _watch_rest(self, name, fmap, edge):
+        def keep_rest(g): self.direct[name],self.rest[name] = g.new_zeros(()),g.float().norm()
+        _on_gradient(fmap, edge, keep_rest)
+        return fmap
 
     def _split(self, name, total):
         "Take the direct gradient off the sum `total`, and keep the norms of both."
@@ -38,6 +48,11 @@ class GradientNorms:
         if direct is None: return
         self.direct[name] = direct.float().norm()
         self.rest[name] = (total - direct).float().norm()
+
+def _on_gradient(fmap, edge, hook):
+    "Call `hook` with the sum of the gradients that arrive at a map, or at the edge that it was made from."
+    if edge is None: fmap.register_hook(hook)
+    else: on_node_gradient(*edge, hook)
 
 def on_node_gradient(
     node, # Autograd node of a module's output

@@ -11,6 +11,8 @@ __all__ = ['MemoryBank']
 import torch
 
 from ..maps.pool import pool_map
+from ..oracle.base import Scores
+from ..oracle.neighbours import NeighbourGrams
 from .targets import join_targets
 
 # %% ../../nbs/04d_train.memory.ipynb #b2d07d9b
@@ -22,6 +24,24 @@ class MemoryBank:
         "Forget every image."
         self.maps = {}       # tap name -> (n, C, h, w)
         self.targets = None  # (n,) class labels or (n, C) shares of class
+        self.grams = {}      # tap name -> `NeighbourGrams` of these images
+
+    def score(self,
+        oracle, # A universal oracle, for these taps
+        maps:dict, # Tap name -> (B, C, H, W)
+        targets:torch.Tensor, # (B,) class labels or (B, C) shares of class
+        size:int, # Number of images that the bank keeps for the next batch
+    ) -> Scores: # Of the batch's own images
+        """The scores of a batch among the images in the bank, which then keeps the newest `size` of them all.
+
+        Only inner products with the batch are computed; where that is not exact, those of all images."""
+        with torch.autocast(targets.device.type, enabled=False):
+            maps = self._pooled(maps)
+            grams = {n:self._join_grams(n, m, size) for n,m in maps.items()}
+            if all(g is not None for g in grams.values()):
+                return oracle.score_among(grams, self._keep(maps, targets, size), len(targets))
+        scores = oracle(self._join(maps), self._keep(maps, targets, size))
+        return Scores(*(s[:len(targets)] for s in scores))
 
     def with_neighbours(self,
         maps:dict, # Tap name -> (B, C, H, W)
@@ -31,17 +51,30 @@ class MemoryBank:
         """The batch, followed by the n images in the bank, which then keeps the newest `size` of them all.
 
         After a change of the image size the maps in the bank have other shapes. They are dropped; n is 0."""
-        maps = {n:pool_map(m) for n,m in maps.items()}
-        if self._fits(maps):
-            maps = {n:torch.cat([m, self.maps[n].to(m.dtype)]) for n,m in maps.items()}
-            targets = join_targets(targets, self.targets)
-        self.maps = {n:m.detach()[:size] for n,m in maps.items()}
-        self.targets = targets[:size]
-        return maps,targets
+        maps = self._pooled(maps)
+        self.grams = {}  # they would lack this batch
+        return self._join(maps), self._keep(maps, targets, size)
 
-    def _fits(self, maps):
-        "True if the bank holds maps of the same shapes."
-        if self.targets is None: return False
-        return all(m.shape[1:] == self.maps[n].shape[1:] for n,m in maps.items())
+    def _pooled(self, maps):
+        "The maps, pooled; empties the bank if its maps have other shapes."
+        maps = {n:pool_map(m) for n,m in maps.items()}
+        if not all(m.shape[1:] == self.maps[n].shape[1:] for n,m in maps.items() if self.maps): self.clear()
+        return maps
+
+    def _before(self, name, fmap):
+        "The maps of one tap in the bank, (n, C, h, w)."
+        return self.maps[name] if self.maps else fmap.detach()[:0]
+
+    def _join(self, maps): return {n:torch.cat([m, self._before(n, m)]) for n,m in maps.items()}
+
+    def _join_grams(self, name, fmap, size):
+        return self.grams.setdefault(name, NeighbourGrams()).join(fmap, self._before(name, fmap), size)
+
+    def _keep(self, maps, targets, size):
+        "Keep the newest `size` images; returns the targets of all, the batch's first."
+        targets = targets if self.targets is None else join_targets(targets, self.targets)
+        self.maps = {n:m.detach()[:size] for n,m in self._join(maps).items()}
+        self.targets = targets[:size]
+        return targets
 
     def __getstate__(self): return MemoryBank().__dict__  # no map is pickled

@@ -156,7 +156,10 @@ class ScoringCallback(Callback):
     def score_maps(self,
         maps:dict, # Tap name -> (B, C, H, W)
     ) -> Scores:
-        "The scores of a batch; with a memory bank, those of modules that count are among the images in it."
+        """The scores of a batch; with a memory bank, those of modules that count are among the images in it.
+
+        Modules that do not count are scored without graph: their scores are only watched."""
+        maps = {n:m if counts else m.detach() for (n,m),counts in zip(maps.items(), self.counted)}
         self.paired = self._pair_share()
         if not self.bank_size or self.batch_targets is None: return self.scorer(maps, self.batch_targets)
         counted = {n:m for (n,m),counts in zip(maps.items(), self.counted) if counts}
@@ -168,9 +171,7 @@ class ScoringCallback(Callback):
 
     def _score_with_neighbours(self, maps):
         "The scores of the batch's own images, among those in the memory bank."
-        all_maps,targets = self._bank.with_neighbours(maps, self.batch_targets, self.bank_size)
-        scores = self._scorer_of(maps)(all_maps, targets)
-        return Scores(*(s[:len(self.batch_targets)] for s in scores))
+        return self._bank.score(self._scorer_of(maps), maps, self.batch_targets, self.bank_size)
 
     def _pair_share(self):
         "Share of the batch's images with a pair in batch or bank; NaN where the oracle asks for none."
