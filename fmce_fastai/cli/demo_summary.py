@@ -129,7 +129,7 @@ def _draw_differences(ax, results):
     ax.axhline(0, color='0.3', lw=1)
     for x,(arm,found) in enumerate(results['differences'].items()):
         points = _points(results['seeds'], arm)
-        ax.plot([x-.12]*len(points), points, 'o', color='0.6', ms=5)
+        ax.plot([x-.1-.05*i for i in range(len(points))], points, 'o', color='0.6', ms=5)  # equal ones apart
         ax.plot(x, found['difference'], 's', color=_ORANGE, ms=7)
         if found['low'] is not None: ax.vlines(x, found['low'], found['high'], color=_ORANGE, lw=2.5)
     names = [f"{ARMS[arm]}:\n{_verdict(found)}" for arm,found in results['differences'].items()]
