@@ -50,7 +50,7 @@ def beyond_p(
     t:torch.Tensor, # A tensor
     other:torch.Tensor, # The fresh one, of the same size
 ) -> float:
-    "p-value of the number of entries that are larger in size than any of the fresh tensor's (Rosenbaum 1954): 1/2 per entry."
+    "p-value of the number of entries larger in size than all of the fresh tensor's: 1/2 each (Rosenbaum 1954)."
     def largest(v): return max(v.abs() for v in v.aminmax())
     most = largest(other).to(t.device)
     if largest(t.detach()) <= most: return 1.

@@ -17,7 +17,8 @@ from .blocks import Block
 from .tensors import FEW
 
 # %% ../../nbs/05k_report.verdicts.ipynb #t5
-TRAINED,INITIAL,PARTLY,UNKNOWN,NEW_HEAD = 'trained','as initialised','partly','cannot be told','new head'
+TRAINED,INITIAL,PARTLY = 'trained','as initialised','partly'
+UNKNOWN,NEW_HEAD = 'cannot be told','new head'
 CHANGED = 1e-3     # A random tensor with a smaller p-value has changed
 POWER = .8         # Share of random tensors that must have changed elsewhere for an unchanged one to be evidence
 POWER_ALONE = .95  # The same for blocks without constants in networks that were trained briefly
@@ -97,10 +98,12 @@ def _counts(b):
     "The evidence in words."
     parts = []
     if b.n_constants:
-        parts.append(f"{sum(c.initial for c in b.constants):,} of {b.n_constants:,} constants at their initial values")
+        initial = sum(c.initial for c in b.constants)
+        parts.append(f"{initial:,} of {b.n_constants:,} constants at their initial values")
     if b.random:
         n = sum(c.p < CHANGED for c in b.random)
-        parts.append(f"{n} of {len(b.random)} random tensors differ from the initialiser (median p {b.p:.2g})")
+        parts.append(f"{n} of {len(b.random)} random tensors differ from the initialiser "
+                     f"(median p {b.p:.2g})")
     return '; '.join(parts) or 'no tensor that could be compared with its initialiser'
 
 def _untouched(b):
@@ -149,5 +152,6 @@ def judge_blocks(
         if b.verdict == PARTLY: b.tensors = _partly(b, standard) or _names_of_initial(b)
     others = [b.verdict for b in checks if not b.block.is_head]
     for b in checks:
-        if b.block.is_head and b.verdict == INITIAL and set(others) - {INITIAL, UNKNOWN}: b.verdict = NEW_HEAD
+        rest_trained = set(others) - {INITIAL, UNKNOWN}
+        if b.block.is_head and b.verdict == INITIAL and rest_trained: b.verdict = NEW_HEAD
     return checks
