@@ -27,7 +27,7 @@ class Fresh:
     "Tensors as the constructor makes them, by the names that they have in the network."
     tensors:dict=field(default_factory=dict)  # Name -> tensor, on the CPU
     constants:dict=field(default_factory=dict) # Name -> value, of constant tensors whose shapes differ
-    fixed:frozenset=frozenset()                # Names of parameters that are never trained, such as sin-cos embeddings
+    fixed:frozenset=frozenset()                # Names of parameters that are never trained (sin-cos embeddings)
     source:str='the usual initialisers'       # In words
     note:str=''                               # Why there is no fresh copy, or what it lacks
 

@@ -20,10 +20,10 @@ from .tensors import FEW
 TRAINED,INITIAL,PARTLY = 'trained','as initialised','partly'
 UNKNOWN,NEW_HEAD = 'cannot be told','new head'
 CHANGED = 1e-3     # A random tensor with a smaller p-value has changed
-POWER = .8         # Share of random tensors that must have changed elsewhere for an unchanged one to be evidence
+POWER = .8         # Share of random tensors that must have changed elsewhere, or a fit proves nothing
 POWER_ALONE = .95  # The same for blocks without constants in networks that were trained briefly
 WELL = .1          # Constants of a well-trained network moved by at least this (root mean square)
-NEAR = .1          # Constants that moved by less than this share of the other blocks' median are near their start
+NEAR = .1          # Constants that moved by less than this share of the other blocks' median are near
 CERTAIN = 1e-6     # The same where the constants of the block say that it was not trained
 FEW_CONSTANTS = 8  # Fewer entries of constants than this decide nothing
 
@@ -81,7 +81,7 @@ class BlockCheck:
 @dataclass
 class Standard:
     "What the other blocks of a network say about the tests."
-    power:float  # Share of weighty random tensors that changed in blocks whose constants moved; NaN without such
+    power:float  # Share of large random tensors that changed in blocks whose constants moved; NaN without
     moved:float  # Median of their constants' distances
 
 def standard_of(
@@ -124,6 +124,13 @@ def _proves_nothing(b, standard):
         return not np.isnan(standard.moved)  # embeddings change late
     return standard.power < POWER_ALONE
 
+def _is_near(b, standard):
+    "True if the constants have hardly left their start, for this network, and the random tensors agree."
+    if not (b.moved < NEAR*standard.moved and b.weighty): return False
+    if b.fits: return True
+    # Some steps of training leave traces of structure first; the typical tensor still fits
+    return standard.moved >= WELL and np.median([c.p for c in b.weighty]) > CHANGED
+
 def _judge(b, standard):
     "Verdict, and what to add to the evidence."
     no_proof = standard.power < POWER
@@ -131,8 +138,7 @@ def _judge(b, standard):
     if _untouched(b):  # one odd tensor may have an initialiser of its own
         return (PARTLY if 2*len(b.differ(CERTAIN)) > len(b.random) else INITIAL), ''
     if b.n_constants >= FEW_CONSTANTS:
-        near = b.moved < NEAR*standard.moved
-        if near and b.fits and not no_proof: return INITIAL, 'trained at most briefly since'
+        if _is_near(b, standard) and not no_proof: return INITIAL, 'trained at most briefly since'
         return (PARTLY if _partly(b, standard) else TRAINED), ''
     if b.differ(): return TRAINED, ''
     if _proves_nothing(b, standard): return UNKNOWN, 'so it may be in trained blocks of this network'
