@@ -23,8 +23,10 @@ from fmce_fastai.oracle.fitted import FittedFMCENet
 from fmce_fastai.oracle.judge import judge_oracle, score_dataset
 from fmce_fastai.oracle.universal import UniversalFMCENet
 from fmce_fastai.report.cam import CamError, cam_plan, grad_cam
+from fmce_fastai.report.checkpoint import CheckpointError, compare_keys, matching_state
 from fmce_fastai.report.plots import fmcs_over_training, plot_calibration, plot_fmcs
 from fmce_fastai.report.report import fmce_report
+from fmce_fastai.report.weights import weight_report
 from fmce_fastai.study.alphas import fine_tune_alphas
 from fmce_fastai.study.cam_statistics import cam_statistics
 from fmce_fastai.study.cams import CamComparison, compare_cams

@@ -23,8 +23,8 @@ class CheckpointError(ValueError):
     "A checkpoint that cannot be read, or that has no tensors; the message says what to do."
 
 # Keys under which training libraries keep the weights: EMA last, so that the trained weights come first
-_NESTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'module', 'net', 'network', 'weights', 'params',
-          'teacher', 'student', 'backbone', 'encoder', 'state_dict_ema', 'model_ema', 'ema')
+_NESTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'module', 'net', 'network', 'weights',
+          'params', 'teacher', 'student', 'backbone', 'encoder', 'state_dict_ema', 'model_ema', 'ema')
 
 def _read(path):
     "The values in a file."
@@ -62,7 +62,7 @@ def nested_states(
     "Every dictionary of tensors in a checkpoint, down to three levels; those of optimisers are left out."
     found = [(path, tensors)] if (tensors := _tensors(values)) else []
     if path.count('.') > 2: return found
-    nests = [k for k in values if isinstance(values[k], dict) and isinstance(k, str) and not _is_optimiser(k, values[k])]
+    nests = [k for k,v in values.items() if isinstance(k, str) and isinstance(v, dict) and not _is_optimiser(k, v)]
     nests.sort(key=lambda k: _NESTS.index(k) if k in _NESTS else len(_NESTS))
     for k in nests: found += nested_states(values[k], f'{path}.{k}' if path else k)
     return found
@@ -102,7 +102,8 @@ class KeyReport:
     def title(self):
         if self.ok: return f"All {self.n} tensors of the network are in the checkpoint" + self._left
         what = f"{len(self.matched)} of {self.n} tensors of the network match"
-        return f"{what}{self._how}; {self.direct} with the names as they are" if self._how else f"{what}{self._left}"
+        if not self._how: return f"{what}{self._left}"
+        return f"{what}{self._how}; {self.direct} with the names as they are"
 
     @property
     def _left(self):
@@ -122,9 +123,11 @@ class KeyReport:
     def advice(self):
         "What to do, in words; '' if all is well."
         steps = []
-        if self._how: steps.append(f"load the tensors{self._how}: `matching_state(checkpoint, model)` returns them")
+        if self._how:
+            steps.append(f"load the tensors{self._how}: `matching_state(checkpoint, model)` returns them")
         if self.shapes: steps.append("is this the checkpoint of another width, depth or number of classes?")
-        if not self.matched: steps.append("none of its tensors fits: is this the checkpoint of another network?")
+        if not self.matched:
+            steps.append("none of its tensors fits: is this the checkpoint of another network?")
         elif self.missing: steps.append("the missing tensors keep the values that the network has now")
         return '. '.join(s[0].upper()+s[1:] for s in steps)
 
@@ -132,7 +135,8 @@ class KeyReport:
         lines = [self.title, *([self.advice] if self.advice else [])]
         lines += [f"{n}: the network has {a}, the checkpoint {b}" for n,(a,b) in list(self.shapes.items())[:8]]
         for what,names in (('missing', self.missing), ('unexpected', self.unexpected)):
-            if names: lines.append(f"{what} ({len(names)}): {', '.join(names[:8])}{', ...' if names[8:] else ''}")
+            shown = ', '.join(names[:8]) + (', ...' if names[8:] else '')
+            if names: lines.append(f"{what} ({len(names)}): {shown}")
         return '\n'.join(lines)
 
     def _repr_html_(self): return f'<pre>{html.escape(repr(self))}</pre>'
@@ -195,13 +199,12 @@ def compare_keys(
              for pair in _suggested(s, own)]
     *_,nest,state,(remove,add) = max(tried, key=lambda t: t[:3])  # the first of equals
     named = _matches(state, own, remove, add)
-    shapes = {n:(tuple(own[n].shape), tuple(state[k].shape)) for n,k in named.items() if own[n].shape != state[k].shape}
-    used = set(named.values())
-    report = KeyReport([n for n in named if n not in shapes], [n for n in own if n not in named],
-                       [k for k in state if k not in used and not k.endswith(_OPTIONAL)], shapes, nest, remove, add)
-    report.renamed = {n:named[n] for n in report.matched}
-    report.direct = next((_fitting(s, own, '', '')[0] for place,s in states if not place), 0)
-    return report
+    both = {n:(tuple(own[n].shape), tuple(state[k].shape)) for n,k in named.items()}
+    shapes = {n:(a, b) for n,(a,b) in both.items() if a != b}
+    left = [k for k in state if k not in set(named.values()) and not k.endswith(_OPTIONAL)]
+    matched,missing = [n for n in named if n not in shapes], [n for n in own if n not in named]
+    direct = next((_fitting(s, own, '', '')[0] for place,s in states if not place), 0)
+    return KeyReport(matched, missing, left, shapes, nest, remove, add, direct, {n:named[n] for n in matched})
 
 def matching_state(
     checkpoint, # As for `compare_keys`

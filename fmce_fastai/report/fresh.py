@@ -8,9 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/report.fresh.html.md"""
 __all__ = ['SEED', 'Fresh', 'timm_networks', 'plain_name', 'is_constant', 'fresh_tensors']
 
 # %% ../../nbs/05h_report.fresh.ipynb #t2
-import importlib
 import inspect
-import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,6 +17,7 @@ from torch import nn
 
 from ..util.state import keep_random_states, unwrap
 from ..maps.plan import dotted
+from .blocks import timm_config
 
 # %% ../../nbs/05h_report.fresh.ipynb #t5
 SEED = 2_718_281_828 # Not a seed that people use: equal random numbers would look like evidence
@@ -28,16 +27,11 @@ class Fresh:
     "Tensors as the constructor makes them, by the names that they have in the network."
     tensors:dict=field(default_factory=dict)  # Name -> tensor, on the CPU
     constants:dict=field(default_factory=dict) # Name -> value, of constant tensors whose shapes differ
-    fixed:frozenset=frozenset()               # Names of parameters that are not trained, such as sin-cos embeddings
+    fixed:frozenset=frozenset()                # Names of parameters that are never trained (sin-cos embeddings)
     source:str='the usual initialisers'       # In words
     note:str=''                               # Why there is no fresh copy, or what it lacks
 
 # %% ../../nbs/05h_report.fresh.ipynb #t7
-def _config(module):
-    "timm's configuration of a network, as a dict; {} for others."
-    cfg = getattr(module, 'pretrained_cfg', None) or getattr(module, 'default_cfg', None) or {}
-    return cfg if isinstance(cfg, dict) else {}
-
 def timm_networks(
     root:nn.Module, # Any network
 ) -> list: # (name, network) of each network of timm's in it, outermost ones only
@@ -45,7 +39,7 @@ def timm_networks(
     found = []
     for n,m in root.named_modules():
         inside = any(n.startswith(dotted(f)) for f,_ in found)
-        if _config(m).get('architecture') and not inside: found.append((n, m))
+        if timm_config(m).get('architecture') and not inside: found.append((n, m))
     return found
 
 def _first_channels(network):
@@ -55,13 +49,14 @@ def _first_channels(network):
 
 def _arguments(network):
     "Arguments of `timm.create_model` that the network shows, most specific first."
-    cfg = _config(network)
+    cfg = timm_config(network)
     kwargs = {}
-    if isinstance(getattr(network, 'num_classes', None), int): kwargs['num_classes'] = network.num_classes
-    channels = _first_channels(network)
+    classes,channels = getattr(network, 'num_classes', None),_first_channels(network)
+    if isinstance(classes, int): kwargs['num_classes'] = classes
     if channels in (1, 2, 4) and channels != cfg.get('input_size', (3,))[0]: kwargs['in_chans'] = channels
     embed = getattr(network, 'patch_embed', None)
-    size = {n:tuple(v) for n in ('img_size', 'patch_size') if isinstance(v := getattr(embed, n, None), (tuple, list))}
+    size = {n:getattr(embed, n, None) for n in ('img_size', 'patch_size')}
+    size = {n:tuple(v) for n,v in size.items() if isinstance(v, (tuple, list))}
     return [{**kwargs, **size}, {**kwargs, 'img_size':size.get('img_size')}, kwargs, {}]
 
 def _fresh_timm(network):
@@ -69,7 +64,7 @@ def _fresh_timm(network):
     import timm
     for kwargs in _arguments(network):
         with suppress(Exception):  # arguments that this constructor does not take
-            return timm.create_model(_config(network)['architecture'], pretrained=False, **kwargs)
+            return timm.create_model(timm_config(network)['architecture'], pretrained=False, **kwargs)
 
 # %% ../../nbs/05h_report.fresh.ipynb #t9
 def _shapes(module): return {n:tuple(p.shape) for n,p in module.named_parameters()}
@@ -103,12 +98,14 @@ def _can_call_again(cls):
     "True for a class whose constructor needs no arguments and asks for no weights."
     if cls.__module__.startswith('torch.'): return False
     parameters = list(inspect.signature(cls).parameters.values())
-    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in any_number]
     return not needed and not any(map(_asks_for_weights, parameters))
 
 def _is_random(first, second):
     "True if weight matrices of two new networks differ."
-    pairs = [(a, b) for a,b in zip(first.parameters(), second.parameters()) if a.ndim > 1 and a.unique().numel() > 1]
+    both = zip(first.parameters(), second.parameters())
+    pairs = [(a, b) for a,b in both if a.ndim > 1 and not is_constant(a)]
     return bool(pairs) and not any(a.shape == b.shape and torch.equal(a, b) for a,b in pairs)
 
 def _called_again(make):
@@ -135,7 +132,8 @@ def _other_weight(name, own, state):
     "True for a bias, if the weight beside it has another shape: its initialiser then has another scale."
     if not name.endswith('.bias') or is_constant(state[plain_name(name)]): return False
     weight = name.removesuffix('bias')+'weight'
-    return weight in own and (other := state.get(plain_name(weight))) is not None and other.shape != own[weight].shape
+    other = state.get(plain_name(weight))
+    return weight in own and other is not None and other.shape != own[weight].shape
 
 def _take(fresh, network, prefix, new):
     "Add the tensors of the new network to `fresh`, where names and shapes fit those of `network`."
@@ -145,7 +143,8 @@ def _take(fresh, network, prefix, new):
     for n,t in own.items():
         other = state.get(plain_name(n))
         if other is None: continue
-        if other.shape != t.shape and is_constant(other): fresh.constants[dotted(prefix)+n] = float(other.flatten()[0])
+        if other.shape != t.shape and is_constant(other):
+            fresh.constants[dotted(prefix)+n] = float(other.flatten()[0])
         if other.shape != t.shape or _other_weight(n, own, state): continue
         fresh.tensors[dotted(prefix)+n] = other
         if plain_name(n) in fixed: fresh.fixed |= {dotted(prefix)+n}
@@ -154,7 +153,8 @@ def _given(root, fresh):
     "The new network of the argument `fresh`, a network or a function."
     if isinstance(fresh, nn.Module): return unwrap(fresh)
     if not callable(fresh):
-        raise TypeError(f"fresh is a {type(fresh).__name__}; give a new network, or a function that makes one.")
+        raise TypeError(f"fresh is a {type(fresh).__name__}; "
+                        "give a new network, or a function that makes one.")
     made = fresh()
     if isinstance(made, nn.Module): return unwrap(made)
     raise TypeError(f"fresh() returned a {type(made).__name__}; it must return a new network.")
@@ -162,7 +162,8 @@ def _given(root, fresh):
 def _search(root):
     "(name inside `root`, network, new network, source) of every constructor that can be called again."
     if networks := timm_networks(root):
-        new = [(n, m, _fresh_timm(m), f"timm's {_config(m)['architecture']}") for n,m in networks]
+        def source(m): return f"timm's {timm_config(m)['architecture']}"
+        new = [(n, m, _fresh_timm(m), source(m)) for n,m in networks]
         return [v for v in new if v[2] is not None]
     if type(root).__module__.startswith('torchvision.models'):
         new,name = _fresh_torchvision(root)
@@ -190,6 +191,7 @@ def fresh_tensors(
     for prefix,network,new,_ in found: _take(result, network, prefix, new)
     if found: result.source = ', '.join(dict.fromkeys(source for *_,source in found))
     n = sum(1 for n,_ in root.named_parameters() if n not in result.tensors)
-    if n: result.note = (f"{n} tensors were compared with the usual initialisers only: {result.source} lacks them"
-                         if found else "no constructor is known; pass `fresh=`, a function that makes a new network")
+    if n and found:
+        result.note = f"{n} tensors were compared with the usual initialisers only: {result.source} lacks them"
+    elif n: result.note = "no constructor is known; pass `fresh=`, a function that makes a new network"
     return result

@@ -50,7 +50,7 @@ def beyond_p(
     t:torch.Tensor, # A tensor
     other:torch.Tensor, # The fresh one, of the same size
 ) -> float:
-    "p-value of the number of entries that are larger in size than any of the fresh tensor's (Rosenbaum 1954): 1/2 per entry."
+    "p-value of the entries larger in size than all of the fresh tensor's: 1/2 each (Rosenbaum 1954)."
     def largest(v): return max(v.abs() for v in v.aminmax())
     most = largest(other).to(t.device)
     if largest(t.detach()) <= most: return 1.
@@ -121,7 +121,7 @@ class TensorCheck:
     initial:int=0      # Entries exactly at their initial values; of constants and statistics
     p:float=np.nan     # Of 'random' tensors: smallest p-value of the tests times their number, at most 1
     moved:float=np.nan # Of constants: root mean square distance from the initial values
-    scale:float=np.nan # Standard deviation of a random tensor, relative to the fresh one's or the initialiser's
+    scale:float=np.nan # Standard deviation of a random tensor, relative to the fresh one's
     flaw:str=''        # 'meta', 'not finite', 'zero', or ''
 
     @property

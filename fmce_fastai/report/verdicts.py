@@ -17,12 +17,13 @@ from .blocks import Block
 from .tensors import FEW
 
 # %% ../../nbs/05k_report.verdicts.ipynb #t5
-TRAINED,INITIAL,PARTLY,UNKNOWN,NEW_HEAD = 'trained','as initialised','partly','cannot be told','new head'
+TRAINED,INITIAL,PARTLY = 'trained','as initialised','partly'
+UNKNOWN,NEW_HEAD = 'cannot be told','new head'
 CHANGED = 1e-3     # A random tensor with a smaller p-value has changed
-POWER = .8         # Share of random tensors that must have changed elsewhere for an unchanged one to be evidence
+POWER = .8         # Share of random tensors that must have changed elsewhere, or a fit proves nothing
 POWER_ALONE = .95  # The same for blocks without constants in networks that were trained briefly
 WELL = .1          # Constants of a well-trained network moved by at least this (root mean square)
-NEAR = .1          # Constants that moved by less than this share of the other blocks' median are near their start
+NEAR = .1          # Constants that moved by less than this share of the other blocks' median are near
 CERTAIN = 1e-6     # The same where the constants of the block say that it was not trained
 FEW_CONSTANTS = 8  # Fewer entries of constants than this decide nothing
 
@@ -80,7 +81,7 @@ class BlockCheck:
 @dataclass
 class Standard:
     "What the other blocks of a network say about the tests."
-    power:float  # Share of weighty random tensors that changed in blocks whose constants moved; NaN without such
+    power:float  # Share of large random tensors that changed in blocks whose constants moved; NaN without
     moved:float  # Median of their constants' distances
 
 def standard_of(
@@ -97,10 +98,12 @@ def _counts(b):
     "The evidence in words."
     parts = []
     if b.n_constants:
-        parts.append(f"{sum(c.initial for c in b.constants):,} of {b.n_constants:,} constants at their initial values")
+        initial = sum(c.initial for c in b.constants)
+        parts.append(f"{initial:,} of {b.n_constants:,} constants at their initial values")
     if b.random:
         n = sum(c.p < CHANGED for c in b.random)
-        parts.append(f"{n} of {len(b.random)} random tensors differ from the initialiser (median p {b.p:.2g})")
+        parts.append(f"{n} of {len(b.random)} random tensors differ from the initialiser "
+                     f"(median p {b.p:.2g})")
     return '; '.join(parts) or 'no tensor that could be compared with its initialiser'
 
 def _untouched(b):
@@ -121,6 +124,13 @@ def _proves_nothing(b, standard):
         return not np.isnan(standard.moved)  # embeddings change late
     return standard.power < POWER_ALONE
 
+def _is_near(b, standard):
+    "True if the constants have hardly left their start, for this network, and the random tensors agree."
+    if not (b.moved < NEAR*standard.moved and b.weighty): return False
+    if b.fits: return True
+    # Some steps of training leave traces of structure first; the typical tensor still fits
+    return standard.moved >= WELL and np.median([c.p for c in b.weighty]) > CHANGED
+
 def _judge(b, standard):
     "Verdict, and what to add to the evidence."
     no_proof = standard.power < POWER
@@ -128,8 +138,7 @@ def _judge(b, standard):
     if _untouched(b):  # one odd tensor may have an initialiser of its own
         return (PARTLY if 2*len(b.differ(CERTAIN)) > len(b.random) else INITIAL), ''
     if b.n_constants >= FEW_CONSTANTS:
-        near = b.moved < NEAR*standard.moved
-        if near and b.fits and not no_proof: return INITIAL, 'trained at most briefly since'
+        if _is_near(b, standard) and not no_proof: return INITIAL, 'trained at most briefly since'
         return (PARTLY if _partly(b, standard) else TRAINED), ''
     if b.differ(): return TRAINED, ''
     if _proves_nothing(b, standard): return UNKNOWN, 'so it may be in trained blocks of this network'
@@ -149,5 +158,6 @@ def judge_blocks(
         if b.verdict == PARTLY: b.tensors = _partly(b, standard) or _names_of_initial(b)
     others = [b.verdict for b in checks if not b.block.is_head]
     for b in checks:
-        if b.block.is_head and b.verdict == INITIAL and set(others) - {INITIAL, UNKNOWN}: b.verdict = NEW_HEAD
+        rest_trained = set(others) - {INITIAL, UNKNOWN}
+        if b.block.is_head and b.verdict == INITIAL and rest_trained: b.verdict = NEW_HEAD
     return checks

@@ -75,10 +75,12 @@ def _partly_finding(b):
 # %% ../../nbs/05l_report.weights.ipynb #t7
 OUT_OF_LINE = 30 # A tensor this many times larger or smaller than its siblings is out of line
 _FLAWS = {
-    'meta':('has tensors on the meta device', "They have no values: load a checkpoint into them, e.g. with assign=True."),
-    'not finite':('has NaN or infinite entries', "The network cannot be used: go back to an earlier checkpoint, "
-                  "and look at the learning rate and at float16 overflow."),
-    'zero':('has tensors that are all zero', "The initialiser has none there: was an empty checkpoint loaded, or the layer pruned?")}
+    'meta':('has tensors on the meta device',
+            "They have no values: load a checkpoint into them, e.g. with assign=True."),
+    'not finite':('has NaN or infinite entries', "The network cannot be used: go back to an earlier "
+                  "checkpoint, and look at the learning rate and at float16 overflow."),
+    'zero':('has tensors that are all zero', "The initialiser has none there: was an empty checkpoint "
+            "loaded, or the layer pruned?")}
 
 def _short_list(names):
     return ', '.join(names[:4]) + (f' and {len(names)-4} more' if names[4:] else '')
@@ -132,14 +134,16 @@ def _scale_findings(checks):
         for c in b.weighty:
             key = b.block.stage.rpartition('.')[0], c.name.removeprefix(b.block.name)
             if c.scale > 0: groups.setdefault(key, []).append((b, c))
-    found = []
-    for members in groups.values():
-        usual = np.median([c.scale for _,c in members])
-        odd = [(b, c) for b,c in members if max(c.scale/usual, usual/c.scale) > OUT_OF_LINE and len(members) > 3]
-        found += [Finding(b.block.name, 'has a scale out of line', f"{c.name} has {c.scale/usual:.3g} times the scale of "
-                          f"the {len(members)-1} like it", "Was it stored in another unit, or did training diverge there?")
-                  for b,c in odd]
-    return found
+    return [f for members in groups.values() if len(members) > 3 for f in _out_of_line(members)]
+
+def _out_of_line(members):
+    "Findings about the (block, tensor check) pairs whose scale is far from the median."
+    usual = np.median([c.scale for _,c in members])
+    for b,c in members:
+        if max(c.scale/usual, usual/c.scale) <= OUT_OF_LINE: continue
+        evidence = f"{c.name} has {c.scale/usual:.3g} times the scale of the {len(members)-1} like it"
+        yield Finding(b.block.name, 'has a scale out of line', evidence,
+                      "Was it stored in another unit, or did training diverge there?")
 
 # %% ../../nbs/05l_report.weights.ipynb #t9
 @dataclass(repr=False)
@@ -153,7 +157,7 @@ class WeightReport:
     arch:str
     table:pd.DataFrame
     findings:list  # `Finding`s; empty for a healthy network
-    tensors:pd.DataFrame # A row per tensor: module, name, kind, entries, initial, p, moved, scale, flaw
+    tensors:pd.DataFrame # A row per tensor: module and the fields of `TensorCheck`
     source:str     # What the weights were compared with
     notes:list     # In words
 
@@ -210,8 +214,9 @@ def findings_of(
             *_copy_findings(checks), *_scale_findings(checks)]
 
 def _table(checks):
-    rows = [dict(stage=b.block.stage, module=b.block.name, tensors=len(b.checks), entries=sum(c.entries for c in b.checks),
-                 initial=b.share, p=b.p, verdict=b.verdict, evidence=b.evidence) for b in checks]
+    rows = [dict(stage=b.block.stage, module=b.block.name, tensors=len(b.checks),
+                 entries=sum(c.entries for c in b.checks), initial=b.share, p=b.p, verdict=b.verdict,
+                 evidence=b.evidence) for b in checks]
     columns = ['stage', 'module', 'tensors', 'entries', 'initial', 'p', 'verdict', 'evidence']
     return pd.DataFrame(rows, columns=columns)
 
@@ -220,7 +225,8 @@ def _notes(checks, fresh):
     kinds = Counter(c.kind for b in checks for c in b.checks)
     if kinds['unknown']: notes.append(f"{kinds['unknown']} tensors could not be compared: small vectors, "
                                       "whole numbers, or an unknown initialiser.")
-    if kinds['adapter']: notes.append(f"{kinds['adapter']} tensors of adapters (LoRA) were left out: they start anew.")
+    if kinds['adapter']:
+        notes.append(f"{kinds['adapter']} tensors of adapters (LoRA) were left out: they start anew.")
     if kinds['fixed']: notes.append(f"{kinds['fixed']} tensors are fixed by the constructor and say nothing.")
     return notes
 
@@ -258,7 +264,7 @@ def disturb(
         if p.ndim > 1:
             rows,columns = randn(len(p), 1), randn(1, p[0].numel())
             p += (p.std()+.01) * (.5*rows*columns).view_as(p)
-        else: p += .1*randn(*p.shape)
+        else: p += .3*randn(*p.shape)
     for n,b in model.named_buffers():
         if n.endswith(('running_mean', 'running_var')): b += .1*randn(*b.shape).abs()
     return model
