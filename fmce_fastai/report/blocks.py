@@ -88,19 +88,35 @@ class _Place:
         stage = self.stage if self.locked or is_chain else path
         return _Place(path, stage, self.in_chain or is_chain, self.locked)
 
-def _walk(module, place):
+def _is_body_and_head(body, head):
+    "True for a network cut in two as fastai does: convolutions or a chain of blocks, then a small head."
+    if _has_chain(body, False): return True
+    def count(module, kind): return sum(isinstance(m, kind) for m in module.modules())
+    n_body,n_head = count(body, nn.Conv2d),count(head, nn.Conv2d)
+    return n_body > 1 and n_head == 0 and count(head, nn.Linear) > 0
+
+def _wrapped(root):
+    "The network inside wrappers and inside fastai's pair of body and head, and all that is around it."
+    found = [root]
+    while True:
+        inside = _with_weights(found[-1])
+        if type(found[-1]) is nn.Sequential and len(inside) == 2 and _is_body_and_head(*inside): inside.pop()
+        if len(inside) != 1 or _is_layer(inside[0]) or own_tensors('', found[-1]): return found
+        found.append(inside[0])
+
+def _walk(module, place, opened_anyway=()):
     "The blocks below `module`, in order."
     own = own_tensors(place.name, module)
     name = place.name or '(root)'
     if own: yield Block(name, place.stage or name, tuple(own))
     is_chain = place.name != '' and _is_chain(module, place.in_chain)  # the root is opened in any case
     children = [(m, place.child(n, is_chain)) for n,m in module.named_children()]
-    opened = [_has_chain(m, c.in_chain) for m,c in children]
+    opened = [_has_chain(m, c.in_chain) or any(m is o for o in opened_anyway) for m,c in children]
     blocks = []
     for (m,child),is_open in zip(children, opened):
         if is_chain and any(opened) and not place.locked:
             child = _Place(child.name, child.name, True, True)
-        if is_open: blocks += _walk(m, child)
+        if is_open: blocks += _walk(m, child, opened_anyway)
         else: _add_block(blocks, m, child)
     yield from blocks
 
@@ -136,8 +152,7 @@ def timm_config(
 def _head_names(root, tensors):
     "Names of the tensors of fastai's whole head, else of timm's classifier, else of the last layer."
     parts = list(root.named_children())
-    is_fastai = type(root) is nn.Sequential and len(parts) == 2
-    if is_fastai and _has_chain(parts[0][1], False):
+    if type(root) is nn.Sequential and len(parts) == 2 and _is_body_and_head(parts[0][1], parts[1][1]):
         return {t.name for t in all_tensors(*parts[1])}
     named = _timm_classifier(root)
     if named: return named
@@ -170,7 +185,7 @@ def weight_blocks(
     "The tensors of a network by stage and block."
     root = unwrap(model)
     blocks,seen = [],set()
-    for b in _walk(root, _Place('')):
+    for b in _walk(root, _Place(''), _wrapped(root)):
         fresh = tuple(t for t in b.tensors if id(t.tensor) not in seen)  # tied tensors once
         seen |= {id(t.tensor) for t in fresh}
         if fresh: blocks.append(Block(b.name, b.stage, fresh))
