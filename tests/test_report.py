@@ -1,6 +1,9 @@
 "`fmce_report`: any network, any images, nothing printed; clear errors for what it does not accept."
+import json
+
 import numpy as np
 import pytest
+import timm
 import torch
 from fastai.data.core import DataLoaders
 from fastai.vision.data import ImageDataLoaders, get_image_files
@@ -11,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from fmce_fastai.report.report import fmce_report
 from fmce_fastai.maps.stages import stage_params
 from fmce_fastai.maps.find import tap_plan
-from helpers import make_learner, make_model, make_oracle, seed_all, tensor_dls
+from fmce_fastai.report.weights import disturb
+from helpers import assert_same, make_learner, make_model, make_oracle, seed_all, tensor_dls, weights
 
 
 def activations_last():
@@ -24,9 +28,10 @@ def test_stages_whose_taps_have_no_weights_have_a_control():
     model = activations_last()
     plan = tap_plan(model, ["2", "5", "8"], size=16)
     assert stage_params(model, plan) == [[], ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.weight", "4.bias"], ["6.weight", "6.bias", "7.weight", "7.bias"]]
-    report = fmce_report(model, tensor_dls(), taps=["2", "5", "8"], bar=False)
+    report = fmce_report(model, tensor_dls(), taps=["2", "5", "8"], control=2, bar=False)
     assert report.table.learnt.isna().tolist() == [True, False, False]
-    assert [n.split()[0] for n in report.notes if "looks untrained" in n] == report.table.module[report.untrained].tolist()
+    told = [n.split()[0] for n in report.notes if "looks untrained" in n]
+    assert set(told) <= {"5", "8"} and report.table.weights.tolist()[1:] == ["as initialised"]*2 and not report.ok
 
 def test_images_without_labels():
     x = torch.randn(24, 3, 16, 16)
@@ -37,11 +42,11 @@ def test_images_without_labels():
 
 def assert_has_no_scores(report):
     "What needs class labels is left out, everywhere, and one note states why."
-    assert report.table[["fmcs", "low", "high", "learnt"]].isna().all().all() and np.isnan(report.scores).all()
-    assert not report.measured and not report.untrained.any() and sum("No FMCS" in n for n in report.notes) == 1
+    assert report.table[["fmcs", "low", "high", "learnt", "probe", "added"]].isna().all().all() and np.isnan(report.scores).all()
+    assert not report.measured and sum("No FMCS" in n for n in report.notes) == 1
     for shown in (repr(report), report._repr_html_()):
-        table = shown.partition("! No FMCS")[0].partition("<b>")[0]
-        assert "module" in table and "channels" in table and not any(c in table for c in ("fmcs", "low", "high", "learnt"))
+        table = shown.partition("! No FMCS")[0].partition("<b>Worth a look")[0]
+        assert "module" in table and "channels" in table and not any(c in table for c in ("fmcs", " low", ">low", "high", "learnt", " probe", ">probe"))
     ax = report.plot()
     assert not ax.patches and [t.get_text() for t in ax.texts] == ["needs class labels"]*len(report.table)
     with pytest.raises(ValueError, match="Give images with one class each"): report.plot_images()
@@ -50,7 +55,7 @@ def test_labels_that_are_not_to_be_used_leave_only_the_structure():
     model, dls = make_model(), tensor_dls(n_valid=24)
     labelled, unlabelled = (fmce_report(model, dls, labels=labels, bar=False) for labels in (True, False))
     assert_has_no_scores(unlabelled)
-    kept = ["module", "depth", "channels", "grid"]
+    kept = ["module", "depth", "channels", "grid", "weights"]
     assert unlabelled.table[kept].equals(labelled.table[kept]) and labelled.measured and labelled.table.fmcs.notna().all()
 
 def test_without_labels_maps_that_are_not_finite_are_still_named():
@@ -64,7 +69,8 @@ def test_a_fitted_oracle_needs_no_labels():
     model, dls = make_model(), tensor_dls(n_valid=24)
     oracle = make_oracle(model)
     labelled, unlabelled = (fmce_report(model, dls, oracle=oracle, labels=labels, bar=False) for labels in (True, False))
-    assert unlabelled.table.equals(labelled.table) and unlabelled.table.fmcs.notna().all() and unlabelled.notes == []
+    scores = ["weights", "fmcs", "low", "high", "images"]
+    assert unlabelled.table[scores].equals(labelled.table[scores]) and unlabelled.table.fmcs.notna().all() and unlabelled.notes == []
 
 def test_an_oracle_is_also_given_by_its_file(tmp_path):
     model, dls = make_model(), tensor_dls(n_valid=24)
@@ -102,7 +108,9 @@ def command(capsys):
     from fmce_fastai.cli.report import fmce_report as run
     def answer(*args, **kwargs):
         try: run(*args, **kwargs)
-        except SystemExit as e: return e.code, capsys.readouterr().err
+        except SystemExit as e:
+            said = capsys.readouterr()
+            return e.code, said.out or said.err
         return 0, capsys.readouterr().out
     return answer
 
@@ -112,11 +120,11 @@ def test_the_command_reads_images_in_no_classes(tmp_path, command):
     (tmp_path / "below").mkdir()
     for i in range(20): Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(tmp_path / ("below" if i % 2 else ".") / f"{i}.png")
     code, text = command("test_resnet", str(tmp_path), no_labels=True, size=32)
-    assert code == 0 and "No FMCS: without class labels" in text and "fmcs" not in text and "32x32, all in it" in text and "20 images" in text
+    assert code == 1 and "The whole network is as initialised" in text and "No FMCS: without class labels" in text and "fmcs" not in text and "32x32, all in it" in text and "20 images" in text
     code, text = command("test_resnet", str(tmp_path), no_labels=True, size=32, images=str(tmp_path/"x.png"))
-    assert code == 1 and "Leave --images out, leave --no-labels out, or give a fitted --oracle" in text
+    assert code == 2 and "Leave --images out, leave --no-labels out, or give a fitted --oracle" in text
     (tmp_path / "none").mkdir()
-    assert command("test_resnet", str(tmp_path / "none"), no_labels=True) == (1, f"fmce_report: There are no images in {tmp_path / 'none'}.\n")
+    assert command("test_resnet", str(tmp_path / "none"), no_labels=True) == (2, f"fmce_report: There are no images in {tmp_path / 'none'}.\n")
 
 
 @pytest.mark.parametrize("option, path, words", [("plot", "/dev/null/x.png", "/dev/null is not a folder"), ("csv", ".", "it is a folder"), ("images", "x.pdf", "ends in .png"), ("plot", "x", "ends in .png")])
@@ -124,9 +132,71 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_is_scored(op
     import fmce_fastai.report.report
     monkeypatch.setattr(fmce_fastai.report.report, "fmce_report", lambda *a, **k: pytest.fail("scored"))
     monkeypatch.chdir(tmp_path)
-    code, text = command("test_resnet", size=32, **{option: path})
-    assert code == 1 and f"--{option} {path}: " in text and words in text and not list(tmp_path.iterdir())
+    code, text = command("test_resnet", "digits", size=32, **{option: path})
+    assert code == 2 and f"--{option} {path}: " in text and words in text and not list(tmp_path.iterdir())
 
 
 def test_the_network_is_no_option(command):
     assert command("resnet7")[1].startswith("fmce_report: arch 'resnet7' is not known. Near it: ")
+
+
+# Verdicts: weights, probe ----------------------------------------------------------------------------------------------
+def trained_learner():
+    "A learner whose weights look trained."
+    learn = make_learner(n_train=64)
+    disturb(learn.model)
+    return learn
+
+def test_the_first_line_is_the_verdict():
+    learn = trained_learner()
+    report = fmce_report(learn, n_images=64, bar=False)
+    assert report.ok and report.findings == [] and repr(report).startswith("Healthy: ") and set(report.table.weights) == {"trained"}
+    learn.model.stage2.load_state_dict(make_model(seed=3).stage2.state_dict())
+    report = fmce_report(learn, n_images=64, bar=False)
+    assert not report.ok and repr(report).startswith("TinyNet: stage2 is as initialised") and report.table.weights.tolist() == ["trained", "trained", "as initialised"]
+    assert [b.get_hatch() for b in report.plot().patches] == [None, None, "//"] and "stage2 is as initialised" in report._repr_html_()
+    found = json.loads(json.dumps(report.to_dict()))
+    assert found["ok"] is False and found["findings"][0]["module"] == "stage2" and found["modules"][2]["weights"] == "as initialised"
+
+def test_the_probe_beside_a_new_network():
+    learn = trained_learner()
+    state = weights(learn.model)
+    report = fmce_report(learn, n_images=64, bar=False)
+    t = report.table
+    assert t.probe.between(0, 1).all() and np.allclose(t.added, t.probe - t.new) and (t.added_low <= t.added).all() and (t.added <= t.added_high).all()
+    assert .1 <= report.chance < .3 and f"chance level is {report.chance:.2f}" in repr(report)
+    assert_same(state, weights(learn.model))
+    assert fmce_report(learn, n_images=64, new_networks=0, bar=False).table.new.isna().all()
+
+def test_a_network_that_cannot_be_made_anew_has_no_comparison():
+    "Its constructor needs arguments."
+    class Odd(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, width, 3, 2, 1), nn.Linear(width, 10)
+        def forward(self, x): return self.head(self.b(self.a(x).relu()).relu().mean((2, 3)))
+    report = fmce_report(Odd(8), tensor_dls(n_valid=24), bar=False)
+    assert report.table.probe.notna().all() and report.table.added.isna().all()
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: {f"module.{n}": t for n, t in s.items()}, "the checkpoint has other names than the network"),
+    (lambda s: {"model": {f"0.model.{n}": t for n, t in s.items()}, "opt": {"state": [], "hypers": []}}, "the checkpoint has other names than the network"),
+    (lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()}, "optimizer_states": []}, "the checkpoint has other names than the network"),
+    (lambda s: {n: t for n, t in s.items() if not n.startswith("layer4")}, "the checkpoint does not fill the network"),
+    (lambda s: {n: t for n, t in s.items() if n.startswith(("conv1", "bn1"))}, "the checkpoint does not fill the network"),
+    (lambda s: {n: torch.cat([t, t]) for n, t in s.items() if t.ndim}, "the checkpoint does not fit the network"),
+    (lambda s: s, None), (lambda s: {"model": s, "optimizer": {"state": {}, "param_groups": []}}, None),
+    (lambda s: {n: t for n, t in s.items() if not n.startswith("fc.")}, None)],
+    ids=["module.", "fastai", "Lightning", "half", "stem", "another width", "good", "with optimiser", "new head"])
+def test_the_command_names_what_is_wrong_with_a_checkpoint(change, words, command, tmp_path):
+    model = disturb(timm.create_model("test_resnet"))
+    torch.save(change(model.state_dict()), tmp_path/"c.pth")
+    code, text = command("test_resnet", weights=str(tmp_path/"c.pth"))
+    assert code == (1 if words else 0) and (words or "Healthy") in text.splitlines()[0], text
+
+def test_a_pickle_is_not_run(command, tmp_path):
+    class Bomb:
+        def __reduce__(self): return (open, (str(tmp_path/"run"), "w"))
+    torch.save({"a": Bomb()}, tmp_path/"c.pth")
+    code, text = command("test_resnet", weights=str(tmp_path/"c.pth"))
+    assert code == 2 and "cannot be read" in text and not (tmp_path/"run").exists()

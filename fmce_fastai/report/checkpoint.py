@@ -197,7 +197,9 @@ def compare_keys(
     if not states: raise CheckpointError("the checkpoint contains no tensors by name; save `model.state_dict()`.")
     tried = [(*_fitting(s, own, *pair), -i, nest, s, pair) for i,(nest,s) in enumerate(states)
              for pair in _suggested(s, own)]
-    *_,nest,state,(remove,add) = max(tried, key=lambda t: t[:3])  # the first of equals
+    # A prefix that names fewer tensors than no prefix does is a coincidence, as between two widths
+    least = max(_fitting(s, own, '', '')[1] for _,s in states)
+    *_,nest,state,(remove,add) = max((t for t in tried if t[1] >= least), key=lambda t: t[:3])  # the first of equals
     named = _matches(state, own, remove, add)
     both = {n:(tuple(own[n].shape), tuple(state[k].shape)) for n,k in named.items()}
     shapes = {n:(a, b) for n,(a,b) in both.items() if a != b}
