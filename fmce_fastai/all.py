@@ -23,6 +23,7 @@ from fmce_fastai.oracle.fitted import FittedFMCENet
 from fmce_fastai.oracle.judge import judge_oracle, score_dataset
 from fmce_fastai.oracle.universal import UniversalFMCENet
 from fmce_fastai.report.cam import CamError, cam_plan, grad_cam
+from fmce_fastai.report.check import CheckWeights
 from fmce_fastai.report.checkpoint import CheckpointError, compare_keys, matching_state
 from fmce_fastai.report.plots import fmcs_over_training, plot_calibration, plot_fmcs
 from fmce_fastai.report.report import fmce_report

@@ -114,6 +114,34 @@ def untrained_modules():
     return table(["networks", "stages", "flagged as untrained"], rows)
 
 
+def checkpoint_doctor():
+    "What the verdicts on weights are worth."
+    found = {}
+    for r in rows_of("checkpoint_doctor"):
+        found.setdefault("ImageNet weights: EfficientNet-Lite0, 1, 2" if "efficientnet_lite" in r["network"] else
+                         "200 steps on digits, families kept back" if r["kept_back"] == "True" else "200 steps on digits, families developed with", []).append(r)
+    lines = []
+    for name, rows in sorted(found.items(), reverse=True):
+        cases = [r for r in rows if r["kind"] in ("block", "stage") and r["is_head"] != "True"]
+        exact = sum(r["found"] == r["again"] and r["alarms"] == r["other_findings"] == "0" for r in cases)
+        wrong = sum(int(r["missed"]) + int(r["alarms"]) + int(r["partly"]) + int(r["other_findings"]) for r in cases)
+        intact = [r for r in rows if r["kind"] == "intact"]
+        alarms, kept = sum(int(r["alarms"]) + int(r["other_findings"]) for r in intact), sum(int(r["kept"]) for r in intact)
+        lines.append([name, f"{len({r['network'] for r in rows})} of {len({r['family'] for r in rows})}", f"{exact} of {len(cases)}", wrong, f"{alarms} of {kept}"])
+    return table(["networks", "networks of families", "one block or stage re-initialised: exactly that is named", "wrong verdicts there", "false alarms on intact networks, blocks"], lines)
+
+
+def probe_modules():
+    "Which evidence from maps tells a stage that was re-initialised."
+    from sklearn.metrics import roc_auc_score
+    rows, names = rows_of("probe_modules"), {"learnt": "`learnt`: FMCS with shuffled weights", "added": "`added`: the probe beside new networks",
+                                             "stage_added": "the probe beside the same network with this stage re-initialised", "fmcs": "FMCS alone"}
+    settings = {"fashion_mnist": "FashionMNIST", "openclipart": "OpenClipart", "digits": "digits"}
+    def auc(column, of): return f"{roc_auc_score([r['trained'] == 'True' for r in of], [float(r[column] or 0) for r in of]):.2f}"
+    lines = [[words, *(auc(column, [r for r in rows if r["setting"] == k]) for k in settings), auc(column, rows)] for column, words in names.items()]
+    return table(["evidence", *settings.values(), "all"], lines)
+
+
 def groups():
     "Every family, source and task that was left out."
     found, number = {}, lambda v: f"{float(v):.2f}" if v else "-"
@@ -241,6 +269,7 @@ NB = {"pretrain": "08j_pretrain.judge", "report": "05d_report.report", "cam": "0
 
 # Tables on the pages of notebooks: name -> (function, notebook)
 PAGES = {"groups": (groups, NB["pretrain"]), "ablations": (ablations, NB["pretrain"]), "in_a_loss": (in_a_loss, NB["pretrain"]), "untrained_modules": (untrained_modules, NB["report"]), "untrained": (untrained, NB["report"]),
+         "checkpoint_doctor": (checkpoint_doctor, "tutorials/checkpoint"), "probe_modules": (probe_modules, NB["report"]),
          "attention": (attention, NB["cam"]), "finer": (finer, NB["cam"]),
          "families": (families, "tutorials/choosing_modules"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}

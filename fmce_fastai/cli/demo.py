@@ -46,7 +46,7 @@ def _universal_stage(cfg, out):
     return fine_tune_stage(cfg, out, 'universal')
 
 def _untrained_modules(cfg, out):
-    "Modules that `fmce_report` finds untrained after RAL with the fitted oracle, on validation images."
+    "Modules whose weights `fmce_report` finds as initialised after RAL with the fitted oracle."
     from safetensors.torch import load_file
     from fmce_fastai.report.report import fmce_report
     dls = run_dls(cfg)

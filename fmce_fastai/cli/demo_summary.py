@@ -79,8 +79,8 @@ def _report_lines(rows):
     "The verdict of `fmce_report` on the networks that the fitted oracle trained."
     counts = Counter(name for r in rows for name in r['untrained'])
     found = ', '.join(f"{name} ({n} of {_n_seeds(rows)})" for name,n in sorted(counts.items()))
-    verdict = f"{found} look untrained: with shuffled weights their maps score about as high."
-    if not counts: verdict = f"no module looks untrained in {_n_seeds(rows)}."
+    verdict = f"the weights of {found} are as initialised."
+    if not counts: verdict = f"no module's weights are as initialised in {_n_seeds(rows)}."
     return textwrap.wrap(f"fmce_report after RAL with the fitted oracle: {verdict}", 100)
 
 def demo_summary(
