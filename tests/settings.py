@@ -247,6 +247,8 @@ OTHERS = [
     ('`SGD`, `ranger`', 'works', 'CNN; universal', "test_situations.py::test_other_optimisers"),
     ('another head and other classes in the next fit', 'works', 'CNN; universal', "test_situations.py::test_the_head_is_exchanged_between_two_fits"),
     ('`learn.summary()`, `show_training_loop()`, `fmce_report` between two fits', 'changes nothing', 'CNN; universal', "test_situations.py::test_summary_training_loop_and_report_between_fits"),
+    ("`MultiCategoryBlock`", "works", "CNN; universal", "test_situations.py::test_multi_category_block"),
+    ("`unet_learner`; `RegressionBlock`", "the universal oracle watches; a warning in the first step names the cause", "CNN; universal", "test_situations.py::test_unet_learner"),
     ("maps that are NaN or infinite", "such images are not scored; a step without any stays plain", "CNN; fitted, universal", "test_hostile.py::test_maps_that_are_not_finite_are_not_scored"),
     ("constant maps", "fitted oracle: works; universal oracle: stays plain, counted as `not_valid`; gradients are finite", "CNN; fitted, universal", "test_hostile.py::test_constant_maps"),
     ("maps of changing size", "works", "CNN; fitted, universal", "test_hostile.py::test_maps_of_changing_size"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ProgressCallback
@@ -13,13 +14,16 @@ from fastai.callback.schedule import SchedCos
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.callback.data import partial_dataloaders, weighted_dataloaders
-from fastai.data.block import DataBlock
+from fastai.data.block import DataBlock, MultiCategoryBlock, RegressionBlock
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.data.transforms import RandomSplitter
 from fastai.learner import load_learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD, ranger
-from fastai.vision.learner import vision_learner
+from fastai.vision.data import ImageBlock, MaskBlock
+from fastai.vision.learner import unet_learner, vision_learner
+from PIL import Image
 from torch import nn
 
 import fastai.callback.hook
@@ -318,3 +322,40 @@ def test_summary_training_loop_and_report_between_fits(capsys):
     fmce_report(learn, n_images=16, control=0, bar=False)
     learn.fit(1, 1e-3)
     check(learn)
+
+
+# Other tasks, as fastai sets them up ---------------------------------------------------------------------------------
+def picture_files(folder, n=24):
+    "Noise of two brightnesses, and a mask for each."
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        x = rng.integers(0, 128, (32, 32, 3)) + 127*(i % 2)
+        Image.fromarray(x.astype(np.uint8)).save(folder/f"{i:02}.png")
+        Image.fromarray((x[..., 0] > 127).astype(np.uint8)).save(folder/f"{i:02}_mask.png")
+    return sorted(f for f in folder.iterdir() if "mask" not in f.name)
+
+def test_multi_category_block(tmp_path):
+    picture_files(tmp_path)
+    labels = lambda f: ["bright" if int(f.stem) % 2 else "dark"] + ["fourth"]*(int(f.stem) % 4 == 0)
+    block = DataBlock((ImageBlock, MultiCategoryBlock), get_items=lambda p: sorted(f for f in p.iterdir() if "mask" not in f.name), get_y=labels, splitter=RandomSplitter(seed=0))
+    learn = vision_learner(block.dataloaders(tmp_path, bs=8, num_workers=0), "test_resnet", pretrained=False, metrics=[], cbs=FMCECallback(.9))
+    learn.logger = lambda *_: None
+    learn.fit(1, 1e-3)
+    check(learn, steps=2)
+
+def test_unet_learner(tmp_path):
+    picture_files(tmp_path)
+    block = DataBlock((ImageBlock, MaskBlock(["dark", "bright"])), get_items=lambda p: sorted(f for f in p.iterdir() if "mask" not in f.name), get_y=lambda f: f.with_name(f"{f.stem}_mask.png"), splitter=RandomSplitter(seed=0))
+    learn = unet_learner(block.dataloaders(tmp_path, bs=8, num_workers=0), torchvision.models.resnet18, pretrained=False, metrics=[], cbs=FMCECallback(.9))
+    learn.logger = lambda *_: None
+    own = hook_count(learn.model)  # fastai's, for its cross connections
+    with pytest.warns(UserWarning, match="RAL cannot act in this fit.*the targets are masks or images, as in segmentation"): learn.fit(1, 1e-3)
+    assert (learn.fmce.history.watched == learn.fmce.history.steps).all() and hook_count(learn.model) == own
+
+def test_regression_block(tmp_path):
+    picture_files(tmp_path)
+    block = DataBlock((ImageBlock, RegressionBlock), get_items=lambda p: sorted(f for f in p.iterdir() if "mask" not in f.name), get_y=lambda f: float(f.stem)/10, splitter=RandomSplitter(seed=0))
+    learn = vision_learner(block.dataloaders(tmp_path, bs=8, num_workers=0), "test_resnet", pretrained=False, n_out=1, metrics=[], cbs=FMCECallback(.9))
+    learn.logger = lambda *_: None
+    with pytest.warns(UserWarning, match="RAL cannot act in this fit.*as in regression"): learn.fit(1, 1e-3)
+    assert (learn.fmce.history.watched == learn.fmce.history.steps).all()
