@@ -189,7 +189,7 @@ SETTINGS = {
     "a short last batch": Setting(learner=dict(n=72), check=five_steps),
     "a last batch of fewer than 8 images": Setting(learner=dict(n=68), oracles=("universal",), result="partly", note="the universal oracle scores batches of 8 or more; that step is plain, and counted as `not_valid`"),
     "batch size 1": Setting(learner=dict(bs=1, n=8), nets=("vit",), oracles=("fitted",)),
-    "batch size 1, universal oracle": Setting(learner=dict(bs=1, n=16), nets=("vit",), oracles=("universal",), result="fills", note="from the step on in which an automatic memory bank holds 7 images and one of the same class"),
+    "batch size 1, universal oracle": Setting(learner=dict(bs=1, n=32), nets=("vit",), oracles=("universal",), result="fills", note="from the step on in which an automatic memory bank holds 7 images and one of the same class"),
     "batches of 4, universal oracle": Setting(learner=dict(bs=4, n=64), oracles=("universal",), result="fills", note="from the step on in which an automatic memory bank holds enough images"),
     "batches of 4, `memory=0`": Setting(learner=dict(bs=4, n=16), oracles=("universal",), result="not_valid", ral=dict(memory=0), note="a warning says that the oracle scores 8 images or more"),
 }

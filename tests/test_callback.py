@@ -751,7 +751,7 @@ def test_a_vision_learner_with_a_frozen_body():
         learn.add_cb(FMCECallback(.9, make_oracle(learn.model, size=32)))
         if train_bn: learn.fit(1)
         else:
-            with pytest.warns(UserWarning, match="frozen body needs unfreezing or train_bn=True"): learn.fit(1)
+            with pytest.warns(UserWarning, match="the body is frozen. Call learn.unfreeze"): learn.fit(1)
         h = learn.fmce.history
         assert (h.acted == (2 if train_bn else 0)).all() and (h.no_gradient == (0 if train_bn else 2)).all()
     learn.unfreeze()

@@ -833,8 +833,8 @@ CLIPART = Path(os.environ.get("FMCE_OPENCLIPART", OPENCLIPART_ROOT)) # set it to
 
 
 @pytest.mark.skipif(not CLIPART.is_dir(), reason="needs the Debian package openclipart-png")
-def test_the_real_openclipart_has_no_leaks(pytestconfig):
-    d = read_openclipart(CLIPART, cache=pytestconfig.cache.mkdir("drawings"))
+def test_the_real_openclipart_has_no_leaks(tmp_path):
+    d = read_openclipart(CLIPART, cache=tmp_path)
     part, spec = split_drawings(d), data_sets["openclipart"]
     assert np.bincount(part).tolist() == [spec.n_train, spec.n_valid, spec.n_test] and len(d.vocab) == spec.n_classes
     near = similar_pairs(centred_thumbs(d), SIMILAR)
@@ -846,9 +846,9 @@ def test_the_real_openclipart_has_no_leaks(pytestconfig):
     assert len(OPENCLIPART_PLACEHOLDERS) == 8 and list(d.dropped.values()).count("placeholder") == 6
 
 
-def test_the_real_fonts_have_no_leaks(pytestconfig):
+def test_the_real_fonts_have_no_leaks(tmp_path):
     if len(find_faces()) < 100: pytest.skip("needs 100 typefaces: install more of Debian's fonts-*")
-    g = read_glyphs(cache=pytestconfig.cache.mkdir("glyphs"))
+    g = read_glyphs(cache=tmp_path)
     part, near, groups = split_glyphs(g), clone_pairs(g), typeface_groups(g)
     assert (part[near[:, 0]] == part[near[:, 1]]).all() and all(len(set(part[groups == k])) == 1 for k in set(groups))
     assert np.bincount(groups).max() < .25*len(groups) # no chain through everything

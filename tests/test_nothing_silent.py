@@ -26,8 +26,8 @@ TARGETS = {
     "label sets": (hot, F.binary_cross_entropy_with_logits, None),
     "label sets of integers": (lambda y, n: F.one_hot(y, n), lambda o, y: F.binary_cross_entropy_with_logits(o, y.float()), None),
     "probabilities": (lambda y, n: hot(y, n)*.9 + .1/n, F.cross_entropy, None),
-    "numbers": (lambda y, n: y.float(), lambda o, y: F.mse_loss(o[:, 0], y), "one number per image, as in regression"),
-    "number columns": (lambda y, n: y[:, None].float(), lambda o, y: F.mse_loss(o[:, :1], y), "one number per image, as in regression"),
+    "numbers": (lambda y, n: y.float(), lambda o, y: F.mse_loss(o[:, 0], y), "per image, "),
+    "number columns": (lambda y, n: y[:, None].float(), lambda o, y: F.mse_loss(o[:, :1], y), "per image, "),
     "points": (lambda y, n: torch.stack([y, -y], 1)/7, lambda o, y: F.mse_loss(o[:, :2], y), "neither sets of labels nor probabilities"),
     "masks": (lambda y, n: y[:, None, None].expand(-1, 4, 4), lambda o, y: F.cross_entropy(o[:, :, None, None].expand(-1, -1, 4, 4), y), "masks or images, as in segmentation"),
 }
@@ -82,7 +82,7 @@ def test_ral_acts_or_says_why_not(targets, oracle):
         if acted(learn): assert not rest and not frozen and (oracle == "fitted" or not cause), case
         elif cause and oracle == "universal": assert len(rest) == 1 and cause in rest[0] and rest[0].startswith("RAL cannot act"), case
         elif frozen: assert len(rest) == 1 and "the body is frozen" in rest[0], case
-        else: assert oracle == "universal" and memory == 0 and len(rest) == 1 and re.search("scores 8 images or more together, and a batch has|No image has another one of its class", rest[0]), case
+        else: assert oracle == "universal" and memory == 0 and len(rest) == 1 and re.search("scores 8 images or more together, and a batch has|No image has another one of its class|are of one class", rest[0]), case
         assert len(banks) == (1 if learn.fmce.bank_size and memory == "auto" else 0) or not frozen and len(banks) <= 1, case
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -239,3 +239,35 @@ def test_a_report_uses_them_too(targets):
     learn = learner(targets)
     report = fmce_report(learn, n_images=48, control=0, bar=False)
     assert report.measured and report.table.fmcs.notna().all()
+
+
+# Found by a reader ---------------------------------------------------------------------------------------------------
+def test_a_callback_that_is_given_to_a_second_learner_leaves_the_first_with_a_warning():
+    cb = FMCECallback(.5)
+    learner(cbs=cb)
+    with pytest.warns(UserWarning, match="now belongs to another Learner"): learner(cbs=cb)
+
+def test_one_class_only_switches_no_bank_on():
+    learn = learner(cbs=FMCECallback(.9), n_classes=1)
+    told = fitted(learn)
+    assert len(told) == 1 and "of one class" in told[0] and learn.fmce.bank_size == 0
+
+def test_the_cause_is_that_of_the_steps_in_which_ral_was_due():
+    learn = learner(cbs=FMCECallback(.9, when=.5, memory=0), n_classes=40, bs=4)
+    told = fitted(learn)
+    assert len(told) == 1 and "scores 8 images or more" in told[0] and "when=" not in told[0]
+
+def test_the_repr_knows_a_bank_that_is_switched_on_later():
+    learn = learner(cbs=FMCECallback(.9, when=.5), n_classes=40, bs=16, n=96)
+    fitted(learn)
+    assert f"the last {learn.fmce.bank_size} images (auto)" in repr(learn.fmce) and learn.fmce.bank_size
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_images_whose_label_is_ignored_have_no_class(mixed):
+    learn = learner(cbs=[FMCECallback(.9, memory=0), *([MixUp()] if mixed else [])], n=64)
+    learn.loss_func = nn.CrossEntropyLoss(ignore_index=-100) if mixed else lambda o, y: F.cross_entropy(o, y, ignore_index=-100)
+    x, y = learn.dls.train.dataset.tensors
+    learn.dls.train.dataset = torch.utils.data.TensorDataset(x, y.masked_fill(torch.arange(len(y)) % 4 == 0, -100))
+    if mixed: learn.loss_func.y_int = True
+    fitted(learn)
+    assert acted(learn) == 4 and learn.fmce.history.paired.iloc[-1] < .9

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fmce_fastai.report.report import fmce_report
 from fmce_fastai.maps.stages import stage_params
 from fmce_fastai.maps.find import tap_plan
-from fmce_fastai.report.weights import disturb
+from fmce_fastai.report.weights import disturb, weight_report
 from helpers import assert_same, make_learner, make_model, make_oracle, seed_all, tensor_dls, weights
 
 
@@ -200,3 +200,38 @@ def test_a_pickle_is_not_run(command, tmp_path):
     torch.save({"a": Bomb()}, tmp_path/"c.pth")
     code, text = command("test_resnet", weights=str(tmp_path/"c.pth"))
     assert code == 2 and "cannot be read" in text and not (tmp_path/"run").exists()
+
+def test_files_of_fastai_and_lightning_are_read(tmp_path, command):
+    "With optimiser state and hyper-parameters, which hold more than tensors."
+    import argparse
+    import fastai.callback.schedule
+    from fastai.vision.learner import vision_learner
+    from fmce_fastai.data.digits import digits_dls
+    from fmce_fastai.report.checkpoint import compare_keys
+    learn = vision_learner(digits_dls(size=32, bs=32, n_train=64), "test_resnet", pretrained=False, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
+    keys = compare_keys(learn.save("v"), timm.create_model("test_resnet"))
+    assert (keys.nest, keys.remove) == ("model", "0.model.") and len(keys.matched) > 60
+    state = disturb(timm.create_model("test_resnet")).state_dict()
+    torch.save({"state_dict": {f"model.{n}": t for n, t in state.items()}, "hyper_parameters": argparse.Namespace(lr=.1)}, tmp_path/"l.ckpt")
+    code, text = command("test_resnet", weights=str(tmp_path/"l.ckpt"))
+    assert code == 1 and "without the prefix 'model.'" in text
+
+def test_a_deeper_network_and_other_classes(tmp_path, command):
+    torch.save(disturb(timm.create_model("resnet26")).state_dict(), tmp_path/"r26.pth")
+    code, text = command("resnet14t", weights=str(tmp_path/"r26.pth"))
+    assert code == 1 and "Healthy" not in text
+    torch.save(disturb(timm.create_model("test_resnet", num_classes=7)).state_dict(), tmp_path/"c7.pth")
+    code, text = command("test_resnet", weights=str(tmp_path/"c7.pth"))
+    assert code == 0 and "new head" not in text.splitlines()[0] and "All 77 tensors" in text
+
+def test_half_precision_and_lazy_networks():
+    learn = trained_learner()
+    learn.model.bfloat16()
+    report = fmce_report(learn, n_images=64, bar=False)
+    assert report.table.fmcs.notna().all() and report.table.probe.notna().all()
+    with pytest.raises(ValueError, match="lazy layers without weights yet"): weight_report(nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 8, 3)))
+
+def test_nothing_judged_is_not_healthy():
+    report = weight_report(nn.Linear(3, 4))
+    assert not report.ok and report.title == "Cannot be told: none of the 1 block of Linear could be judged"

@@ -233,7 +233,7 @@ def test_sorted_images():
     learn.logger = lambda *_: None
     with pytest.warns(UserWarning, match="memory bank"): learn.fit(2, 1e-3)
     h = learn.fmce.history.groupby("epoch")[["acted", "not_valid"]].first()
-    assert h.acted.tolist() == [3, 4] and h.not_valid.tolist() == [1, 0]
+    assert h.acted.tolist() == [2, 4] and h.not_valid.tolist() == [2, 0]
 
 def test_progressive_resizing_with_memory():
     learn = ral_learner(ral=dict(memory=32))

@@ -62,7 +62,7 @@ def test_a_fault_is_found(broken, says, monkeypatch):
     if broken == "gradient":
         from fmce_fastai.train.gradients import GradientNorms
         plain = GradientNorms.watch
-        monkeypatch.setattr(GradientNorms, "watch", lambda self, maps, edges=None: {**plain(self, maps, edges), "layer4": maps["layer4"].detach()})
+        monkeypatch.setattr(GradientNorms, "watch", lambda self, maps, *args: {**plain(self, maps, *args), "layer4": maps["layer4"].detach()})
     elif broken == "recorder":
         plain = timm_sweep.FMCSRecorder.after_loss
         monkeypatch.setattr(timm_sweep.FMCSRecorder, "after_loss", lambda self: (plain(self), torch.rand(1), setattr(self.learn, "loss_grad", self.learn.loss_grad*1.5))[0])

@@ -127,8 +127,8 @@ def checkpoint_doctor():
         wrong = sum(int(r["missed"]) + int(r["alarms"]) + int(r["partly"]) + int(r["other_findings"]) for r in cases)
         intact = [r for r in rows if r["kind"] == "intact"]
         alarms, kept = sum(int(r["alarms"]) + int(r["other_findings"]) for r in intact), sum(int(r["kept"]) for r in intact)
-        lines.append([name, f"{len({r['network'] for r in rows})} of {len({r['family'] for r in rows})}", f"{exact} of {len(cases)}", wrong, f"{alarms} of {kept}"])
-    return table(["networks", "networks of families", "one block or stage re-initialised: exactly that is named", "wrong verdicts there", "false alarms on intact networks, blocks"], lines)
+        lines.append([name, len({r["network"] for r in rows}), len({r["family"] for r in rows}), f"{exact} of {len(cases)}", wrong, f"{alarms} of {kept}"])
+    return table(["weights", "networks", "families", "one block or stage re-initialised: exactly that is named", "wrong verdicts there", "false alarms on intact networks, blocks"], lines)
 
 
 def probe_modules():

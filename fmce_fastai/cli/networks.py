@@ -95,12 +95,14 @@ def build_network(
     arch:str, # A timm name, or `torchvision.<name>`
     size:int|None, # Side of the images in pixels; None for what the network is made for
     n_in:int, # Image channels
+    n_out:int|None=None, # Number of classes; default: the library's
 ): # The network as its library makes it, with random weights
     "A network without pretrained weights."
     import timm
     from fmce_fastai.maps.head import image_size_kwargs
     from fmce_fastai.study.learner import find_arch
     found = find_arch(arch)
-    if not isinstance(found, str): return found(weights=None)
-    kwargs = image_size_kwargs(found, size, n_in) if size else {}
+    kwargs = {} if n_out is None else dict(num_classes=n_out)
+    if not isinstance(found, str): return found(weights=None, **kwargs)
+    if size: kwargs |= image_size_kwargs(found, size, n_in)
     return timm.create_model(found, pretrained=False, in_chans=n_in, **kwargs)

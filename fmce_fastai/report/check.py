@@ -40,5 +40,5 @@ def check_message(
     "The findings as one warning."
     found = [str(f) for f in report.findings[:most]]
     more = len(report.findings) - len(found)
-    if more: found.append(f"{more} more: see learn.check_weights.report.")
+    if more: found.append(f"{more} more: see `report` of this callback, or weight_report(learn).")
     return '\n'.join([f"{report.title}. Was the network meant to be pretrained?", *found])

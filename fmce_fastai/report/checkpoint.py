@@ -9,10 +9,12 @@ __all__ = ['PREFIXES', 'CheckpointError', 'read_checkpoint', 'nested_states', 'K
 
 # %% ../../nbs/05j_report.checkpoint.ipynb #t2
 import html
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,7 +33,20 @@ def _read(path):
     if path.suffix == '.safetensors':
         from safetensors.torch import load_file
         return load_file(path)
-    return torch.load(path, map_location='cpu', weights_only=True)
+    with torch.serialization.safe_globals(_harmless()):
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+def _harmless():
+    "Classes in checkpoints of fastai and Lightning that hold values and run no code."
+    from argparse import Namespace
+    from fastcore.foundation import L
+    numbers = [type(np.dtype(t)) for t in ('float64', 'float32', 'int64', 'int32', 'bool')]
+    return [L, Namespace, np.dtype, np._core.multiarray.scalar, *numbers]
+
+def _reason(error):
+    "The first line of an error, without torch's advice to load the file anyway."
+    if found := re.search(r'Unsupported global: GLOBAL (\S+)', str(error)): return f"it holds a Python object ({found[1]})"
+    return (str(error) or type(error).__name__).splitlines()[0].partition(' This file can still be loaded')[0]
 
 def read_checkpoint(
     path, # A file: safetensors, or written by `torch.save`
@@ -45,8 +60,8 @@ def read_checkpoint(
     except Exception as e:  # torch, pickle, zip and safetensors raise many kinds
         raise CheckpointError(
             f"{path.name} cannot be read with torch.load(weights_only=True) or as safetensors: "
-            f"{str(e).splitlines()[0]} A file from `learn.export` or with pickled objects has to be "
-            "loaded by who trusts it, and saved again as a state dict.") from e
+            f"{_reason(e).rstrip('.')}. If it contains Python objects and you trust it, load it with "
+            "weights_only=False and save its state_dict() again.") from e
     if isinstance(values, dict): return values
     raise CheckpointError(f"{path.name} contains a {type(values).__name__}, not a dictionary of tensors; "
                           "save `model.state_dict()`.")
@@ -96,6 +111,13 @@ class KeyReport:
         return not (self.missing or self.shapes or self.nest or self.remove or self.add)
 
     @property
+    def is_larger(self):
+        "True if tensors without a place belong to parts that the network has, as of a deeper network."
+        parts = {n.partition('.')[0] for n in self.matched}
+        def part(name): return (self.add + name.removeprefix(self.remove)).partition('.')[0]
+        return any(part(n) in parts for n in self.unexpected)
+
+    @property
     def n(self): return len(self.matched) + len(self.missing) + len(self.shapes)
 
     @property
@@ -126,6 +148,7 @@ class KeyReport:
         if self._how:
             steps.append(f"load the tensors{self._how}: `matching_state(checkpoint, model)` returns them")
         if self.shapes: steps.append("is this the checkpoint of another width, depth or number of classes?")
+        if self.is_larger: steps.append("is this the checkpoint of a deeper network of the same family?")
         if not self.matched:
             steps.append("none of its tensors fits: is this the checkpoint of another network?")
         elif self.missing: steps.append("the missing tensors keep the values that the network has now")

@@ -83,7 +83,7 @@ class FMCEReport:
         return self.weights.findings if self.weights is not None else []
 
     @property
-    def ok(self): return not self.findings
+    def ok(self): return self.weights is None or self.weights.ok
 
     @property
     def verdict(self):
@@ -134,7 +134,8 @@ class FMCEReport:
         rows = self.table.astype(object).where(self.table.notna(), None).to_dict('records')
         weights = None if self.weights is None else self.weights.to_dict()
         return dict(ok=self.ok, verdict=self.verdict, arch=self.arch, title=self.title,
-                    findings=[vars(f) for f in self.findings], notes=self.notes, modules=rows, weights=weights)
+                    findings=[vars(f) for f in self.findings], notes=self.notes, modules=rows, weights=weights,
+                    chance=None if np.isnan(self.chance) else self.chance)
 
     def plot(self,
         ax=None, # Axes to draw on

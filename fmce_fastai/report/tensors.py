@@ -147,9 +147,11 @@ def _start(named, fresh):
 
 def _flaw(t, is_start_zero):
     "What makes a tensor useless, or ''."
+    if t.element_size() == 1: t = t.float()  # float8 has no minimum
     low,high = t.aminmax()  # NaN if there is one
     if not bool(torch.isfinite(low) & torch.isfinite(high)): return 'not finite'
-    return 'zero' if not is_start_zero and t.numel() > 1 and bool(low == high) and not bool(low) else ''
+    # A bias of zeros is common, and harmless
+    return 'zero' if not is_start_zero and t.ndim > 1 and bool(low == high) and not bool(low) else ''
 
 def check_tensor(
     named:NamedTensor, # A tensor of a network

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..util.state import unwrap
 from ..maps.plan import find_backbone
@@ -79,8 +80,8 @@ _FLAWS = {
             "They have no values: load a checkpoint into them, e.g. with assign=True."),
     'not finite':('has NaN or infinite entries', "The network cannot be used: go back to an earlier "
                   "checkpoint, and look at the learning rate and at float16 overflow."),
-    'zero':('has tensors that are all zero', "The initialiser has none there: was an empty checkpoint "
-            "loaded, or the layer pruned?")}
+    'zero':('has tensors that are all zero', "The initialiser does not produce zeros there: was an empty "
+            "checkpoint loaded, or the layer pruned?")}
 
 def _short_list(names):
     return ', '.join(names[:4]) + (f' and {len(names)-4} more' if names[4:] else '')
@@ -91,6 +92,7 @@ def _flaw_findings(checks):
     for flaw,(problem,advice) in _FLAWS.items():
         names = [c.name for b in checks for c in b.checks if c.flaw == flaw]
         blocks = [b.block.name for b in checks if any(c.flaw == flaw for c in b.checks)]
+        if len(blocks) > 1: problem = problem.replace('has ', 'have ', 1)
         if names: found.append(Finding(_short_list(blocks), problem, _short_list(names), advice))
     return found
 
@@ -162,15 +164,21 @@ class WeightReport:
     notes:list     # In words
 
     @property
-    def ok(self): return not self.findings
+    def ok(self): return not self.findings and self.n_judged > 0
+
+    @property
+    def n_judged(self):
+        "Number of blocks with a verdict."
+        return int((self.table.verdict != UNKNOWN).sum())
 
     @property
     def title(self):
-        if not self.ok:
+        if self.findings:
             more = f" (and {len(self.findings)-1} more)" if self.findings[1:] else ''
             return f"{self.arch}: {self.findings[0].module} {self.findings[0].problem}{more}"
-        n,told = len(self.table),int((self.table.verdict != UNKNOWN).sum())
-        return f"Healthy: {self.arch}, {told} of {n} blocks judged, none as initialised{self._head}"
+        n = len(self.table)
+        if not self.ok: return f"Cannot be told: none of the {n} block{'s'*(n != 1)} of {self.arch} could be judged"
+        return f"Healthy: {self.arch}, {self.n_judged} of {n} blocks judged, none as initialised{self._head}"
 
     @property
     def _head(self):
@@ -245,6 +253,8 @@ def weight_report(
         raise TypeError(f"model is a {type(model).__name__}; give a torch network or a Learner.")
     net = unwrap(net)
     reference = fresh_tensors(net, fresh)
+    if any(isinstance(p, UninitializedParameter) for p in net.parameters()):
+        raise ValueError(f"{type(net).__name__} has lazy layers without weights yet; run one batch through it first.")
     checks = block_checks(net, reference)
     if not checks: raise ValueError(f"{type(net).__name__} has no parameters, so there is nothing to judge.")
     tensors = pd.DataFrame([dict(module=b.block.name, **vars(c)) for b in checks for c in b.checks])

@@ -135,7 +135,7 @@ class FMCECallback(ScoringCallback):
         where nothing else arrives, as at a ViT's last grid tokens when its head reads the class token alone.
         `steps` counts the training steps, `acted` those in which RAL acted; `watched`, `no_gradient`,
         `not_valid` and `not_finite` count those that stayed plain, by reason. `paired` is the mean share of
-        images with another image of their class, in batch or memory bank."""
+        images with another image of their class, and one of another, in batch or memory bank."""
         return self._history.frame()
 
     @property
@@ -156,7 +156,7 @@ class FMCECallback(ScoringCallback):
         universal = uses_neighbours(self.oracle)
         facts = {'oracle':'none: lost in an export' if self.oracle is None else repr(self.oracle),
                  'taps':describe_taps(self._first), 'acts':describe_when(self.when, universal),
-                 'memory':describe_memory(self.memory, self._first, universal)}
+                 'memory':describe_memory(self.memory, self.bank_size, universal)}
         if self._first is not None: facts['pairs'] = describe_pairs(self._first)
         return callback_summary(facts, f"FMCECallback: {describe_alpha(self.alpha, self.fmcs_loss)}")
 
@@ -202,7 +202,7 @@ class FMCECallback(ScoringCallback):
     def _note_first_step(self, batch_size):
         "Keep what the fit's first step has shown, and print it on request."
         plan,counted = self.feature_tap.plan,self.counted.tolist()
-        self._first = FirstStep(list(plan.names), counted, batch_size, float(self.paired), self.bank_size)
+        self._first = FirstStep(list(plan.names), counted, batch_size, float(self.paired))
         if self.verbose: print(self)
 
     def _cause(self, plain, maps, known):
@@ -212,7 +212,8 @@ class FMCECallback(ScoringCallback):
         if plain == 'no_gradient':
             return no_gradient_message(self.feature_tap.plan.subset(counted).resolve(self.model))
         if plain == 'not_valid':
-            return not_valid_message(counted, self.batch_targets, known, getattr(self.oracle, 'min_batch', 1))
+            least = getattr(self.oracle, 'min_batch', 1)
+            return not_valid_message(counted, self.batch_targets, known, least, self.bank_size > 0)
         return NOT_FINITE
 
     def _why_not_due(self):

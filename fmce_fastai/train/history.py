@@ -116,19 +116,19 @@ class TrainingHistory:
         self.last_means = dict.fromkeys(TABLE_COLUMNS, float('nan'))  # of the last epoch
         self.steps = []            # of the epoch in progress
         self.reasons = Counter()   # steps of the fit in progress by reason; None where RAL acted
-        self.causes = Counter()    # those of them where alpha is above 0, by cause in words
+        self._causes = Counter()   # those of them where alpha is above 0, by reason and cause in words
 
     def start_fit(self):
         "Begin the records of the next fit."
         self.n_fits += 1
         self.steps = []
         self.reasons = Counter()
-        self.causes = Counter()
+        self._causes = Counter()
 
     def add(self, step:TrainingStep):
         "Add a step of the epoch in progress."
         self.reasons[step.plain] += 1
-        if step.cause: self.causes[step.cause] += 1
+        if step.cause: self._causes[step.plain, step.cause] += 1
         self.steps.append(step)
 
     def close_epoch(self,
@@ -164,6 +164,12 @@ class TrainingHistory:
         counts = [len(self.steps), reasons[None], *(reasons[r] for r in REASONS)]
         for name,means in zip(names, modules.tolist()):
             self.rows.append([self.n_fits, epoch, name, *means, alpha, *counts, paired])
+
+    @property
+    def causes(self) -> dict: # Cause in words -> steps
+        "Why RAL did not act in this fit. Steps in which it was not due only count where it never was."
+        due = {cause:n for (reason,cause),n in self._causes.items() if reason != 'watched'}
+        return due or {cause:n for (_,cause),n in self._causes.items()}
 
     def inaction(self) -> dict: # Reason -> steps
         "The steps by reason if RAL acted in none though alpha was above 0; else empty. See `causes`."

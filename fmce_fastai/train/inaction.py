@@ -57,39 +57,45 @@ def not_valid_message(
     targets:torch.Tensor|None, # As the oracle got them
     known:torch.Tensor|None, # Targets of the images in the memory bank, or None
     least:int, # Fewest images that the oracle scores
+    has_bank:bool=False, # There is a memory bank, empty at first
 ) -> str:
     "Why no image could be scored."
     finite = torch.stack([m.flatten(1).isfinite().all(1) for m in maps.values()])
     if finite.numel() and not finite.any(): return f"The maps of {', '.join(maps)} hold NaN or infinity."
     n = len(next(iter(maps.values())))
     n_known = 0 if known is None else len(known)
-    if n + n_known < least: return too_few_message(n, n_known, least)
-    if targets is not None and not pair_share(targets, known): return no_pair_message(targets, known)
+    if n + n_known < least: return too_few_message(n, n_known, least, has_bank)
+    if targets is not None and not pair_share(targets, known): return no_pair_message(targets, known, has_bank)
     return f"The maps of {', '.join(maps)} are the same for all images, or hold NaN or infinity."
 
 def too_few_message(
     n:int, # Images in the batch
     n_known:int, # Images in the memory bank
     least:int, # Fewest images that the oracle scores
+    has_bank:bool=False, # There is a memory bank, empty at first
 ) -> str:
     "Why a batch was too small."
     have = f"a batch has {n} image{'s'*(n != 1)}"
     if n_known: have += f" and the memory bank {n_known}"
-    return (f"The universal oracle scores {least} images or more together, and {have}. "
-            "Use larger batches, or a memory bank (memory='auto'), which fills over the first steps.")
+    return f"The universal oracle scores {least} images or more together, and {have}. {_larger(has_bank)}"
+
+def _larger(has_bank):
+    "What to do where a batch is too small."
+    if has_bank: return "Use larger batches, or train for more steps: the memory bank fills over the first ones."
+    return "Use larger batches, or a memory bank (memory='auto'), which fills over the first steps."
 
 def no_pair_message(
     targets:torch.Tensor, # As the oracle got them
     known:torch.Tensor|None, # Targets of the images in the memory bank, or None
+    has_bank:bool=False, # There is a memory bank, empty at first
 ) -> str:
     "Why no image had a pair."
-    where = f"among the {len(targets)} images of a batch" + (' and those in the memory bank' if known is not None else '')
-    alike = targets[:1] == targets
-    if bool(alike.all()):
-        return (f"All images {where} are of one class, so there is nothing to tell them apart from. "
+    n = len(targets)
+    if bool((targets[:1] == targets).all()):
+        return (f"All {n} images of a batch are of one class, so there is no other class to tell them from. "
                 "Shuffle the training images.")
-    return (f"No image has another one of its class {where}. "
-            "Use larger batches, or a memory bank (memory='auto').")
+    bank = ' or in the memory bank' if known is not None else ''
+    return f"No image has another one of its class among the {n} of its batch{bank}. {_larger(has_bank)}"
 
 # %% ../../nbs/04n_train.inaction.ipynb #0df473e0
 NOT_FINITE = "The FMCS loss, or the task loss, was NaN or infinite. Lower the learning rate, or look at the inputs."
@@ -98,8 +104,7 @@ def inaction_message(
     reasons:dict, # Reason -> steps
     causes:dict, # Cause in words -> steps
 ) -> str:
-    "The warning after a fit in which RAL acted in no step; the commonest cause comes first."
-    counts = ', '.join(f'{n} steps {r}' for r,n in reasons.items())
-    told = sorted(causes, key=causes.get, reverse=True)[:2]
-    return (f"RAL acted in no step of this fit: {counts}. {' '.join(told)} "
+    "The warning after a fit in which RAL acted in no step, with its commonest cause."
+    counts = ', '.join(f"{n} step{'s'*(n != 1)} {r}" for r,n in reasons.items())
+    return (f"RAL acted in no step of this fit: {counts}. {max(causes, key=causes.get)} "
             "Every step kept the plain task loss; `history` counts the steps by reason.")

@@ -48,6 +48,7 @@ class AutoMemory:
         self.size = 0     # images in the bank; 0: none
         self.shares = []  # of the images with a pair, for each step so far
         self.largest = 0  # images in the largest batch so far
+        self.first = None # target of the first image; None before the first step
 
     def update(self,
         targets:torch.Tensor, # (B,) class labels or (B, C) vectors of a step
@@ -60,12 +61,20 @@ class AutoMemory:
         if self.size or len(self.shares) == FIRST_STEPS: return ''
         if n < self.largest: return ''  # the short last batch of an epoch decides nothing
         self.largest = n
+        if self._one_class(targets): return ''  # a bank of the same class would not help
         self.shares.append(float(pair_share(targets)))
         share = sum(self.shares)/len(self.shares)
         if n >= least and not share < LEAST_SHARE: return ''
         n_classes = max(n_classes or 0, count_classes(targets))
         self.size = bank_size(n, n_classes, n_images, least)
         return auto_message(n, n_classes, share, self.size, least)
+
+    def _one_class(self, targets):
+        "True if all images so far are of one class."
+        if not len(targets): return True
+        if self.first is None: self.first = targets[0]
+        if targets[0].shape != self.first.shape: return False  # shares of more classes
+        return bool((targets == self.first).all())
 
 def count_classes(
     targets:torch.Tensor, # (B,) class labels or (B, C) vectors
@@ -82,8 +91,8 @@ def auto_message(
     least:int, # Fewest images that the oracle scores
 ) -> str:
     "The warning by which the user learns of the bank."
-    why = f"{share:.0%} of the images have another image of their class in their batch of {batch_size}"
-    why += f" ({n_classes} classes)"
+    why = f"only {share:.0%} of the images have another image of their class, and one of another class, "
+    why += f"in their batch of {batch_size} ({n_classes} classes)"
     if batch_size < least: why = f"a batch has {batch_size} images, and the universal oracle scores {least} or more"
     return (f"FMCECallback keeps the maps of the last {size} images in a memory bank, because {why}. "
             f"Pass memory={size} to say so yourself, or memory=0 for no bank.")

@@ -20,7 +20,6 @@ class FirstStep(NamedTuple):
     counted:list    # For each, True if it counts in the FMCS loss
     batch_size:int
     paired:float    # Share of the images with a pair; NaN where the oracle asks for none
-    bank_size:int   # Images in the memory bank
 
 def describe_alpha(
     alpha, # A number or a schedule
@@ -45,12 +44,11 @@ def describe_when(
 
 def describe_memory(
     memory, # `'auto'` or a number of images
-    first:FirstStep|None, # None before the first step
+    size:int, # Images in the bank of the last fit
     needs_classes:bool, # True for the universal oracle
 ) -> str:
     "The memory bank."
     if not needs_classes: return 'none: this oracle scores each image by itself'
-    size = (first.bank_size if first else 0) if memory == 'auto' else memory
     if size: return f"the last {size} images{' (auto)' if memory == 'auto' else ''}"
     return f"off (auto: on where under {LEAST_SHARE:.0%} have a pair)" if memory == 'auto' else 'off'
 
