@@ -89,7 +89,7 @@ def test_quantised():
 
 def test_meta_device():
     with torch.device("meta"): model = timm.create_model("test_resnet")
-    assert [p for _, p in problems(model)] == ["has tensors on the meta device"]
+    assert [p for _, p in problems(model)] == ["have tensors on the meta device"]
 
 def test_lora_on_a_block_as_initialised():
     model, new = trained(), timm.create_model("test_vit")
