@@ -830,8 +830,10 @@ def test_data_sets_that_are_not_there(tmp_path):
 
 
 CLIPART = Path(os.environ.get("FMCE_OPENCLIPART", OPENCLIPART_ROOT)) # set it to a folder of `dpkg -x`
+REAL = pytest.mark.skipif("FMCE_REAL_DATA" not in os.environ, reason="a minute and a half; set FMCE_REAL_DATA=1. The same on made-up files is tested above")
 
 
+@REAL
 @pytest.mark.skipif(not CLIPART.is_dir(), reason="needs the Debian package openclipart-png")
 def test_the_real_openclipart_has_no_leaks(tmp_path):
     d = read_openclipart(CLIPART, cache=tmp_path)
@@ -846,6 +848,7 @@ def test_the_real_openclipart_has_no_leaks(tmp_path):
     assert len(OPENCLIPART_PLACEHOLDERS) == 8 and list(d.dropped.values()).count("placeholder") == 6
 
 
+@REAL
 def test_the_real_fonts_have_no_leaks(tmp_path):
     if len(find_faces()) < 100: pytest.skip("needs 100 typefaces: install more of Debian's fonts-*")
     g = read_glyphs(cache=tmp_path)

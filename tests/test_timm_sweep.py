@@ -29,11 +29,7 @@ NETWORKS = {
     "test_vit": ("NLC+1", EVERY),
     "test_vit_relpos": ("NLC", CHEAP),
     "vit_tiny_patch16_dinov3_qkvb": ("NLC+5", CHEAP[:1]),
-    "gmlp_ti16_224": ("NLC", CHEAP[:1]),
-    "xcit_nano_12_p16_224": ("NLC", CHEAP[:1]),
-    "levit_128s": ("NLC", CHEAP),
-    "pit_ti_224": ("NCHW in tuple", [("learner", "off")]),
-    "efficientvim_m1": ("NCHW in tuple", CHEAP),
+    "efficientvim_m1": ("NCHW in tuple", CHEAP[:1]),
     "crossvit_tiny_240": ("NLC+1 in tuple", [("vision_learner", "off")]),
     "hiera_tiny_224": ("NLC reordered NLC", [("learner", "off")]),
 }
