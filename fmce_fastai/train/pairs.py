@@ -95,4 +95,4 @@ def auto_message(
     why += f"in their batch of {batch_size} ({n_classes} classes)"
     if batch_size < least: why = f"a batch has {batch_size} images, and the universal oracle scores {least} or more"
     return (f"FMCECallback keeps the maps of the last {size} images in a memory bank, because {why}. "
-            f"Pass memory={size} to say so yourself, or memory=0 for no bank.")
+            f"Pass memory={size} to set this yourself, or memory=0 for no bank.")
