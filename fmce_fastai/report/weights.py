@@ -183,7 +183,7 @@ class WeightReport:
     @property
     def _head(self):
         heads = self.table.module[self.table.verdict == NEW_HEAD].tolist()
-        return f" but the new head {', '.join(heads)}, as is to be expected before fine-tuning" if heads else ''
+        return f" except the new head {', '.join(heads)}, as expected before fine-tuning" if heads else ''
 
     @property
     def _shown(self): return self.table.round(dict(initial=2, p=4))
@@ -231,10 +231,10 @@ def _table(checks):
 def _notes(checks, fresh):
     notes = [fresh.note[0].upper()+fresh.note[1:]+'.'] if fresh.note else []
     kinds = Counter(c.kind for b in checks for c in b.checks)
-    if kinds['unknown']: notes.append(f"{kinds['unknown']} tensors could not be compared: small vectors, "
-                                      "whole numbers, or an unknown initialiser.")
+    if kinds['unknown']: notes.append(f"Not compared: {kinds['unknown']} of the tensors (small vectors, "
+                                      "whole numbers, or an unknown initialiser).")
     if kinds['adapter']:
-        notes.append(f"{kinds['adapter']} tensors of adapters (LoRA) were left out: they start anew.")
+        notes.append(f"{kinds['adapter']} tensors of adapters (LoRA) were left out: they have initial values of their own.")
     if kinds['fixed']: notes.append(f"{kinds['fixed']} tensors are fixed by the constructor and say nothing.")
     return notes
 
