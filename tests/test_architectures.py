@@ -177,7 +177,8 @@ def test_weights_of_another_network_are_refused_by_what_differs(arch, says):
 
 
 def test_meta_device_gives_the_same_plan_without_values():
-    for arch in KINDS:
+    "Every second of the kinds, for time: `benchmarks/timm_zoo.py` plans all of timm's names on that device."
+    for arch in sorted({*list(KINDS)[::2], "hiera_tiny_224"}):
         with torch.device("meta"): model = timm.create_model(arch, num_classes=10, **small(arch))
         if arch == "hiera_tiny_224":
             with pytest.raises(TapError, match="only numbers can tell"): tap_plan(model)
