@@ -45,7 +45,7 @@ def key_findings(
     heads:list, # Names of blocks that a new head is expected in
 ) -> list: # `Finding`s
     "What is wrong with the names and shapes of a checkpoint."
-    from fmce_fastai.report.weights import Finding
+    from fmce_fastai.report.weights import Finding, short_list
     if not keys.matched: return [Finding('the checkpoint', 'does not fit the network', keys.title, keys.advice)]
     if keys.remove or keys.add:
         lost = f"{keys.title}. load_state_dict(..., strict=False) would drop the others in silence"
@@ -55,6 +55,5 @@ def key_findings(
     def expected(name): return any(name.startswith(f'{h}.') for h in heads)
     odd = [n for n in [*keys.shapes, *keys.missing] if not expected(n)]
     if not odd: return []
-    more = f' and {len(odd)-4} more' if odd[4:] else ''
-    return [Finding('the checkpoint', 'does not fill the network', f"{keys.title}; not filled: {', '.join(odd[:4])}{more}",
-                    keys.advice)]
+    evidence = f"{keys.title}; not filled: {short_list(odd)}"
+    return [Finding('the checkpoint', 'does not fill the network', evidence, keys.advice)]
