@@ -8,9 +8,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/cli.checkpoint.html.md"""
 __all__ = ['load_checkpoint', 'n_classes', 'key_findings']
 
 # %% ../../nbs/10n_cli.checkpoint.ipynb #d2a681e9
-from pathlib import Path
-
 from .common import CommandError
+from .networks import check_exists
 
 # %% ../../nbs/10n_cli.checkpoint.ipynb #1fa2de37
 def load_checkpoint(
@@ -19,7 +18,7 @@ def load_checkpoint(
 ) -> tuple: # The network with the tensors that fit, with as many classes as the checkpoint; `KeyReport`
     "Load a checkpoint. Raises `CommandError` for a file that cannot be read."
     from fmce_fastai.report.checkpoint import CheckpointError, compare_keys, matching_state, read_checkpoint
-    if not Path(path).is_file(): raise CommandError(f"--weights {str(path)!r}: there is no such file.")
+    check_exists(path)
     model = build(None)
     try:
         checkpoint = read_checkpoint(path)
