@@ -1,4 +1,4 @@
-"""The four sources of images that the universal oracle learns from
+"""The six sources of images that the universal oracle learns from
 
 Docs: https://fmce-fastai.github.io/fmce_fastai/pretrain.images.html.md"""
 
@@ -117,10 +117,11 @@ def shape_images(
 @lru_cache(maxsize=2)
 def clipart_images(
     size:int, # Side in pixels
+    root:str=None, # Folder of the pictures; None: where Debian installs them
 ) -> tuple: # Images (286, 3, size, size), float32 in [0, 1]; labels (286,), int64; groups (286,), NumPy
     "The drawings that `openclipart_dls` trains on, in 11 classes."
     from fmce_fastai.data.openclipart import drawing_groups, read_openclipart, split_drawings
-    d = read_openclipart(size=size)
+    d = read_openclipart(root, size)
     train = split_drawings(d) == 0
     x = torch.from_numpy(d.images[train]).permute(0, 3, 1, 2).float()/255
     return x, torch.from_numpy(d.labels[train]), drawing_groups(d)[train]
@@ -128,11 +129,12 @@ def clipart_images(
 @lru_cache(maxsize=2)
 def glyph_images(
     size:int, # Side in pixels
+    root:str=None, # Folder searched for fonts; None: the font folders of the system
 ) -> tuple: # Images (62*F, 1, size, size), float32 in [0, 1]; labels (62*F,), int64; groups (62*F,), NumPy
     "The characters of the F typefaces that `glyphs_dls` trains on, in 62 classes."
     from fmce_fastai.data.fonts import read_glyphs
     from fmce_fastai.data.glyphs import split_glyphs, typeface_groups
-    glyphs = read_glyphs(None, size)
+    glyphs = read_glyphs(root, size)
     train = np.flatnonzero(split_glyphs(glyphs) == 0)
     x = torch.from_numpy(glyphs.images[train]).float().flatten(0, 1)[:,None]/255
     n_chars = len(x)//len(train)

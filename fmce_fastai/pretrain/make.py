@@ -29,21 +29,31 @@ from .fit import train_universal
 from .judge import groups_of
 
 # %% ../../nbs/08k_pretrain.make.ipynb #beb7cbd7
-_NEVER_SEEN = ('photographs; colours other than random ones; images of more than 32x32 pixels; '
-               'networks of more than 5 million weights; more than 100 classes; '
-               'pretraining on ImageNet; any test or validation image')
+def _before(run):
+    "What a run was fine-tuned from, a source or 'imagenet'; '' for a random start."
+    return run['run']['tune_from'].split('/')[0]
+
+def _never_seen(runs, sources):
+    "What none of `runs` saw."
+    settings = [r['run'] for r in runs.values()]
+    size = max(s['size'] for s in settings)
+    never = [f'images of more than {size}x{size} pixels', 'networks of more than 5 million weights',
+             'more than 100 classes', 'any test or validation image', 'colour photographs']
+    natural = any(s['source'] == 'clipart' or s['task'] == 'blended' for s in settings)
+    if not natural: never.append('colours other than random ones')
+    if 'imagenet' not in map(_before, runs.values()): never.append('pretraining on ImageNet')
+    return '; '.join([*never, *(f'{s} images' for s in SOURCES if s not in sources)])
 
 def seen_by(
     runs:dict, # From `read_runs`: those that it was trained on
 ) -> dict: # For the oracle's card
     "What an oracle trained on `runs` has seen, and what never."
     sources = {r['run']['source'] for r in runs.values()}
-    sources |= {r['run']['tune_from'].split('/')[0] for r in runs.values() if r['run']['tune_from']}
-    never = [_NEVER_SEEN, *(f"{s} images" for s in SOURCES if s not in sources)]
+    sources |= {_before(r) for r in runs.values()} & set(SOURCES)
     return dict(families=sorted({r['family'] for r in runs.values()}),
                 networks=sorted({r['run']['arch'] for r in runs.values()}),
                 sources=sorted(sources), tasks=sorted({r['run']['task'] for r in runs.values()}),
-                runs=len(runs), never='; '.join(never))
+                runs=len(runs), never=_never_seen(runs, sources))
 
 # %% ../../nbs/08k_pretrain.make.ipynb #30379471
 def _tabulate_to(folder, name):

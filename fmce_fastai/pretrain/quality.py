@@ -45,7 +45,7 @@ def probe_accuracy(
 
 # %% ../../nbs/08l_pretrain.quality.ipynb #b7e0c109
 def probe_quality(
-    x:torch.Tensor, # (N, C) channel means of training images
+    x:torch.Tensor, # (N, C) channel means of training images, in random order
     y:torch.Tensor, # (N,) their true classes, int64
     held_x:torch.Tensor, # (T, C) channel means of held-out images, related ones next to each other
     held_y:torch.Tensor, # (T,) their classes, int64

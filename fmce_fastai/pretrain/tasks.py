@@ -69,7 +69,9 @@ def _coloured(x, rng):
     return background*(1-x)*.7 + colour*x
 
 def _drawn_crops(n, size, side, rng):
-    "`n` crops of half the width of a drawing. Training images (side 0) show other drawings than held-out ones."
+    """`n` crops of half the width of a drawing.
+
+    Training images (side 0) show other drawings than held-out ones (side 1)."""
     x,_,groups = clipart_images(2*size)
     x = x[torch.from_numpy(groups % 2 == side)]
     which,rows,cols = rng.integers(len(x), size=n),*rng.integers(0, size + 1, (2, n))
@@ -135,12 +137,13 @@ def task_split(
     x,y,groups = _source_images(source, sum(wanted), size, rng, root)
     parts = []
     for side,i in enumerate(split_images(y.numpy(), groups, *wanted, rng)):
-        images,labels,n_classes = _varied(x[i], y[i], source, task, size, side, rng)
+        images,labels,*n_classes = _varied(x[i], y[i], source, task, size, side, rng)
         k = (n, n_held)[side]
-        parts.append((images[:k], labels[:k]))
-    (x,y),(held_x,held_y) = parts
+        parts.append((images[:k], labels[:k], *n_classes))
+    (x,y,n_classes),(held_x,held_y,_) = parts
     mean,std = x.mean((0,2,3), keepdim=True),x.std((0,2,3), keepdim=True)
-    return SimpleNamespace(x=(x - mean)/std, y=y, held_x=(held_x - mean)/std, held_y=held_y, n_classes=n_classes)
+    return SimpleNamespace(x=(x - mean)/std, y=y, held_x=(held_x - mean)/std, held_y=held_y,
+                           n_classes=n_classes)
 
 def _varied(x, y, source, task, size, side, rng):
     "Images (N, 3, size, size), labels and number of classes of `task`."
