@@ -137,9 +137,9 @@ def task_split(
     x,y,groups = _source_images(source, sum(wanted), size, rng, root)
     parts = []
     for side,i in enumerate(split_images(y.numpy(), groups, *wanted, rng)):
-        images,labels,*n_classes = _varied(x[i], y[i], source, task, size, side, rng)
+        images,labels,n_classes = _varied(x[i], y[i], source, task, size, side, rng)
         k = (n, n_held)[side]
-        parts.append((images[:k], labels[:k], *n_classes))
+        parts.append((images[:k], labels[:k], n_classes))
     (x,y,n_classes),(held_x,held_y,_) = parts
     mean,std = x.mean((0,2,3), keepdim=True),x.std((0,2,3), keepdim=True)
     return SimpleNamespace(x=(x - mean)/std, y=y, held_x=(held_x - mean)/std, held_y=held_y,
