@@ -24,7 +24,7 @@ FLOORS = {
     "report": ("util", "convergence", "maps", "oracle", "train"),
     "data": ("util",),
     "study": ("util", "convergence", "maps", "oracle", "train", "report", "data"),
-    "pretrain": ("util", "convergence", "maps", "oracle", "train", "data"),
+    "pretrain": ("util", "convergence", "maps", "oracle", "train", "data", "study"),
     "hub": ("util", "oracle"),
     "cli": ("util", "convergence", "maps", "oracle", "train", "report", "data", "study", "pretrain", "hub"),
 }

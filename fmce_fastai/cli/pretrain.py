@@ -26,8 +26,8 @@ def fmce_pretrain(
     root:str='/usr/share/datasets/fashion-mnist', # Folder of FashionMNIST's training files
     jobs:int=None, # Number of processes (default: one per core)
     seed:int=0, # Decides the runs and the oracle
-    leave_out:str='', # A source that the oracle is not to see: fashion, digits, textures or shapes
-    archs:str=None, # Only these networks, separated by commas (default: all 21)
+    leave_out:str='', # A source that the oracle is not to see: fashion, digits, textures, shapes, glyphs or clipart
+    archs:str=None, # Only these networks, separated by commas (default: all)
 ):
     "Make the universal oracle: train and read many small networks, then train the oracle on them"
     def run():

