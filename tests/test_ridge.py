@@ -217,7 +217,7 @@ def test_a_bank_of_the_training_set_and_mixed_images():
 
 def test_small_batches_get_a_bank_by_themselves():
     cb = FMCECallback(.9, "ridge")
-    with pytest.warns(UserWarning, match="and the ridge oracle scores 8 or more"): quiet(make_learner(cbs=cb, bs=4), 2)
+    with pytest.warns(UserWarning, match="and the ridge oracle scores 8 or more"): quiet(make_learner(cbs=cb, bs=4, n_train=32), 2)
     assert cb.history.acted.iloc[-1] == cb.history.steps.iloc[-1]
 
 def test_without_indices_there_is_no_bank_and_one_warning():
