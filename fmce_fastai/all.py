@@ -21,6 +21,7 @@ from fmce_fastai.oracle.files import OracleFileError
 from fmce_fastai.oracle.fit import fit_oracle
 from fmce_fastai.oracle.fitted import FittedFMCENet
 from fmce_fastai.oracle.judge import judge_oracle, score_dataset
+from fmce_fastai.oracle.ridge import RidgeFMCENet
 from fmce_fastai.oracle.universal import UniversalFMCENet
 from fmce_fastai.report.cam import CamError, cam_plan, grad_cam
 from fmce_fastai.report.check import CheckWeights

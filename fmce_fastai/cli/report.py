@@ -92,8 +92,8 @@ def _check_has_scores(oracle, no_labels, images):
     "Raise `CommandError` where images are to be drawn by scores that there will not be."
     from fmce_fastai.report.report import needs_labels
     if images is None or not no_labels or not needs_labels(oracle): return
-    raise CommandError("--images draws images by their FMCS, and without class labels the universal "
-                       "oracle measures none. Leave --images out, leave --no-labels out, or give a "
+    raise CommandError("--images draws images by their FMCS, and without class labels "
+                       f"{oracle.title} measures none. Leave --images out, leave --no-labels out, or give a "
                        "fitted --oracle.")
 
 # %% ../../nbs/10i_cli.report.ipynb #62def533
@@ -168,7 +168,7 @@ def fmce_report(
     # Use no class labels: a folder of images then needs no subfolders, and there is FMCS only with a
     # fitted --oracle
     no_labels:store_true=False,
-    oracle:str=None, # An oracle's file, or its name on the Hub (default: the universal oracle)
+    oracle:str=None, # An oracle's file, its name on the Hub, or ridge (default: the universal oracle)
     csv:str=None, # Also write the table to this file (default: no file)
     plot:str=None, # Also draw the bars into this file, such as report.png (default: no file)
     # Also draw the images whose last maps are least and most converged into this file (default: no file)

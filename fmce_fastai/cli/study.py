@@ -151,9 +151,9 @@ def fmce_study(
     epochs:int=None, # Epochs of every arm (default: the preset's)
     body_lr:float=None, # The body's rate as a share of the head's (default: the preset's)
     taps:str=None, # Taps that count in the FMCS loss (default: the preset's)
-    oracle:str=None, # File of a universal oracle, for ral-universal (default: the preset's)
+    oracle:str=None, # File of a universal oracle, or ridge, for ral-universal (default: the preset's)
     fmcs_loss:str=None, # nll or gap (default: the preset's)
-    memory:int=None, # Images in the memory bank of the arm ral-memory (default: the preset's)
+    memory:int=None, # Images in the memory bank of the arms with one (default: the preset's)
     head:str=None, # fastai or linear (default: the preset's)
     freeze_norm:store_true=False, # Keep the body's batch norm in eval mode, whatever the preset says
     channels_last:store_true=False, # Memory format, often faster; whatever the preset says

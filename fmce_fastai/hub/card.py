@@ -22,7 +22,9 @@ DOCS = 'https://fmce-fastai.github.io/fmce_fastai'
 WHAT = dict(
     fitted="It was fitted to one training run of one network and belongs to that network and its weights.",
     universal="It scores feature maps of any network: by how similar the images of a batch are to each "
-              "other, within and across classes.")
+              "other, within and across classes.",
+    ridge="It has no weights and scores feature maps of any network: by leave-one-out ridge regression, from "
+          "the channel means of a batch's other images to an image's class.")
 
 USE = dict(
     fitted="""# learn: your fastai Learner with the network that this oracle was fitted to, and its weights
@@ -33,6 +35,7 @@ learn.fit_one_cycle(4, 3e-4)""",
 fmce_report(learn, oracle=oracle)                      # how converged is each module, on validation images?
 learn.add_cb(FMCECallback(alpha=0.9, oracle=oracle))   # train with the Representation Auxiliary Loss
 learn.fit_one_cycle(4, 3e-3)""")
+USE['ridge'] = USE['universal'].replace('oracle=oracle)   # train', "oracle='ridge')   # train")
 
 LIMITS = dict(
     fitted=[
@@ -47,7 +50,11 @@ LIMITS = dict(
         "A score orders the states of a module within a run better than it measures them.",
         "Without class labels the scores say little.",
         "It reads a whole batch: an image's score depends on the other images in the batch.",
-        "The table above lists what it has never seen, as far as its author recorded it."])
+        "The table above lists what it has never seen, as far as its author recorded it."],
+    ridge=[
+        "Without class labels there are no scores.",
+        "It reads a whole batch: an image's score depends on the other images in the batch, and on how many.",
+        "On images that the network was trained on it cannot tell memorised from learnt."])
 
 # %% ../../nbs/09a_hub.card.ipynb #d2b38fde
 def markdown_table(
@@ -66,7 +73,7 @@ def accuracy_section(
     "How accurate the oracle is: the measured figures, or where to find or get them."
     if rows := card_scores(card): return f"{_EXPLAIN_SCORES}\n\n{markdown_table(rows)}"
     if card.get('scores'): return f"```json\n{json.dumps(card['scores'], indent=1)}\n```"
-    return _NO_SCORES_UNIVERSAL if card.get('kind') == 'universal' else _NO_SCORES
+    return {'universal':_NO_SCORES_UNIVERSAL, 'ridge':_NO_SCORES_RIDGE}.get(card.get('kind'), _NO_SCORES)
 
 _EXPLAIN_SCORES = (
     "On images held out from the fitting. MAE: mean absolute error over images and snapshots; rho: rank "
@@ -74,6 +81,9 @@ _EXPLAIN_SCORES = (
 _NO_SCORES = (
     "The card of this oracle holds no measured figures: judge it with `judge_oracle` on a recorded run before "
     "you rely on it.")
+_NO_SCORES_RIDGE = (
+    "Nothing was fitted, so there is nothing to judge once for all: a score is the left-out error of a "
+    f"regression on the batch itself. [Its page]({DOCS}/oracle.ridge.html) has the formula.")
 _NO_SCORES_UNIVERSAL = (
     "The card of this oracle holds no measured figures. Figures of the universal oracle that ships with "
     "fmce_fastai, on networks, images and tasks that it was not trained on, are on "

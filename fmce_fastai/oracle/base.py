@@ -87,9 +87,18 @@ class FMCENet(nn.Module):
       must be those of the tap plan.
     - `spec()`: the constructor's arguments as JSON values, for the card. Extend the base class's dict.
     - `from_spec(spec)`: class method; a new oracle with the arguments that `spec()` returned. `load` then
-      sets its weights."""
+      sets its weights.
+
+    It also sets those facts below that differ: callback, report and memory bank go by them."""
     kind = None # Name of the kind; None for classes that are not to be saved
     kinds = {}  # Name -> subclass, filled as subclasses are defined
+    # Facts about a kind
+    title = 'a fitted oracle'  # What messages call it
+    has_weights = True         # False: its name stands for it wherever an oracle is accepted
+    needs_labels = False       # Without class labels its scores say little, or it has none
+    scores_unlabelled = True   # False: without class labels it has none
+    uses_neighbours = False    # An image is scored by the others, so by a memory bank too (`BatchFMCENet`)
+    leaves_out_copies = False  # An image's own earlier copies may not be in that bank
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -291,22 +300,30 @@ def _shapes(tensors): return {k:v.shape for k,v in tensors.items()}
 _HUB_NAME = re.compile(r'\w[\w.-]*/(?!.*\.safetensors$)[\w.-]+')
 
 def as_oracle(
-    oracle, # An `FMCENet`; the path of an oracle's file or folder; 'owner/name' on the Hub; or None
+    oracle, # An `FMCENet`; its file or folder; 'owner/name' on the Hub; a kind without weights: 'ridge'; None
 ) -> FMCENet|None: # None for None
-    """The oracle itself: an oracle as it is, a file or repository loaded, and frozen.
+    """The oracle itself: an oracle as it is, a file or repository loaded, a kind by its name; frozen.
 
-    A path that exists takes precedence over a repository of the same name. Raises `TypeError` for
+    A path that exists takes precedence over a repository or kind of the same name. Raises `TypeError` for
     anything else; `OracleFileError` for a file that is missing or no oracle; for a repository what
     `FMCENet.from_pretrained` raises, or `ImportError` if `fmce_fastai.hub.transfer` is not imported."""
     if oracle is None or isinstance(oracle, FMCENet): return oracle
     if not isinstance(oracle, (str, os.PathLike)) or not str(oracle):
         given = repr(oracle) if isinstance(oracle, str) else f'a {type(oracle).__name__}'
         raise TypeError(f"oracle is {given}; accepted are an FMCENet, the path of an oracle's file, "
-                        "'owner/name' on the Hugging Face Hub, and None.")
+                        "'owner/name' on the Hugging Face Hub, the name of a kind without weights ('ridge'), "
+                        "and None.")
     path = Path(oracle).expanduser()
+    if (kind := _kind_without_weights(oracle, path)) is not None: return kind().freeze()
     is_name = isinstance(oracle, str) and _HUB_NAME.fullmatch(oracle) and not path.exists()
     if is_name or path.is_dir(): return _from_pretrained(oracle if is_name else path)
     return FMCENet.load(path)
+
+def _kind_without_weights(name, path):
+    "The kind of that name if it has no weights, and nothing on disk is called so; else None."
+    if not isinstance(name, str) or not name.isidentifier() or path.exists(): return None
+    kind = kind_named(name)
+    return None if kind is None or kind.has_weights else kind
 
 def _from_pretrained(where):
     "The oracle in a folder or a repository of the Hub."

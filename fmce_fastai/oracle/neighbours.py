@@ -41,11 +41,19 @@ class NeighbourGrams:
         self.peak = torch.maximum(self.peak, fmap.detach().abs().amax())
         views = self._views(fmap)
         grams = torch.stack([_join_grams(*both) for both in zip(views, self.views, self.grams)])
-        spread = self._spread(grams.detach(), fmap[0].numel())
+        spread = self._spread(grams.detach(), views)
         if spread is None: return self.forget()
         self.views = [torch.cat([v.detach(), old])[:size] for v,old in zip(views, self.views)]
         self.grams = grams.detach()[:,:size,:size]
         return grams/spread[:,None,None]
+
+    def select(self,
+        keep:torch.Tensor, # (n,) bool, which of the images before to keep
+    ):
+        "Drop the other images."
+        if self.views is None: return
+        self.views = [v[keep] for v in self.views]
+        self.grams = self.grams[:,keep][:,:,keep]
 
     def _start(self, fmap, before):
         self.centre = (before if len(before) else fmap).mean(0)
@@ -57,12 +65,13 @@ class NeighbourGrams:
         centred = fmap - self.centre
         return [centred.mean((2,3)), centred.flatten(1)]
 
-    def _spread(self, grams, n_values):
+    def _spread(self, grams, views):
         "(2,) mean squared distance of the maps from their mean; None if they are not fit to be centred."
         offset = grams.mean((1,2))
         spread = grams.diagonal(dim1=1, dim2=2).mean(1) - offset
-        varies = spread[1] > 1e-9*n_values*self.peak.square()  # stricter than `gram_views`
-        return spread if bool((spread*MAX_OFFSET > offset).all() & spread.isfinite().all() & varies) else None
+        sizes = torch.tensor([v.shape[1] for v in views], device=spread.device)
+        varies = spread > 1e-9*sizes*self.peak.square()  # stricter than `gram_views`
+        return spread if bool(((spread*MAX_OFFSET > offset) & spread.isfinite() & varies).all()) else None
 
 def _join_grams(new, old, old_gram):
     "The Gram matrix of `new` (B, D) followed by `old` (n, D), whose own is known."

@@ -8,14 +8,13 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.universal.html.md"""
 __all__ = ['MonotoneNet', 'labelled_features', 'free_features', 'UniversalFMCENet']
 
 # %% ../../nbs/03f_oracle.universal.ipynb #eb36f03f
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..maps.plan import TapPlan
-from .base import check_is_map, FMCENet, OracleError, Scores
+from .base import FMCENet, Scores
+from .batch import BatchFMCENet
 from .kernels import (
     class_alignment, class_pairs, class_share, gram_views, has_pair, kernels, N_KERNELS, same_class,
     similarity_moments, u_center)
@@ -93,7 +92,7 @@ def free_features(
     return moments, rows, torch.stack([share, share.mean(-1, keepdim=True).expand_as(share)], -1)
 
 # %% ../../nbs/03f_oracle.universal.ipynb #fffd7273
-class UniversalFMCENet(FMCENet):
+class UniversalFMCENet(BatchFMCENet):
     """The universal oracle: scores any map of any network by how similar the images of a batch are.
 
     It is more accurate with class labels than without. A batch needs at least `min_batch` images; with
@@ -101,6 +100,7 @@ class UniversalFMCENet(FMCENet):
     `targets` are (B,) class labels or (B, C) class probabilities. `FMCENet.universal()` returns the oracle
     that ships with the package."""
     kind = 'universal'
+    title = 'the universal oracle'
 
     def __init__(self,
         n_levels:int=11, # K, score levels
@@ -109,29 +109,15 @@ class UniversalFMCENet(FMCENet):
         min_batch:int=8, # Fewest images that are scored
         plan:TapPlan|None=None, # The taps that the maps come from, for the modules' depths
     ):
-        super().__init__(plan, n_levels)
+        super().__init__(plan, n_levels, min_batch)
         self.width = width
         self.free_width = free_width
-        self.min_batch = min_batch
         self.labelled = MonotoneNet(4*N_KERNELS, 4, n_levels, width)
         n_free = 14*N_KERNELS + 3
         self.register_buffer('free_mean', torch.zeros(n_free))
         self.register_buffer('free_std', torch.ones(n_free))
         self.free = nn.Sequential(nn.Linear(n_free, free_width), nn.GELU(), nn.Linear(free_width, free_width),
                                   nn.GELU(), nn.Linear(free_width, n_levels))
-
-    def on(self,
-        plan:TapPlan, # The tapped modules of a network
-    ):
-        "This oracle for the maps of `plan`; the weights are shared."
-        bound = copy.copy(self)
-        bound.plan = plan
-        return bound
-
-    def check_maps(self, maps):
-        if not maps: raise OracleError("No maps to score: give a dict of tap name -> (B, C, H, W).")
-        for n,m in maps.items(): check_is_map(n, m)
-        return list(maps) if self.plan is None else super().check_maps(maps)
 
     def score_clean(self, maps, finite, targets):
         same = None if targets is None else same_class(targets.to(self.levels.device))

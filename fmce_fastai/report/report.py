@@ -20,7 +20,6 @@ from ..maps.stages import stage_params
 from ..maps.find import tap_plan
 from ..maps.inputs import first_image, first_rows, require_images
 from ..oracle.base import as_oracle, FMCENet
-from ..oracle.universal import UniversalFMCENet
 from ..train.targets import oracle_targets
 from ..train.sample import read_batches, require_image_batches
 from .control import learnt_scores, looks_untrained, mean_score
@@ -38,7 +37,7 @@ def fmce_report(
     learn_or_model, # A Learner, or a network
     dl=None, # A fastai or torch DataLoader with the images; default: the Learner's validation images
     n_images:int=256, # Number of images, sampled at random: one batch for the oracle
-    oracle:FMCENet|None=None, # An oracle, its file, or its name on the Hub; default: the universal one
+    oracle:FMCENet|None=None, # An oracle, its file, name on the Hub, or 'ridge'; default: the universal one
     taps=None, # Names, wildcards or modules; default: the last map per resolution
     labels:bool=True, # Use the loader's class labels, if it has any
     seed:int=0, # For the sample of images and the shuffling
@@ -54,7 +53,7 @@ def fmce_report(
 
     `learnt` is a control of the scores: FMCS of a module's map minus that of the same map after the
     entries of the stage's own weight tensors were shuffled, both with batch statistics. It takes
-    `control` passes over the images per module, and needs class labels and the universal oracle. A stage
+    `control` passes over the images per module, and needs class labels and the universal or ridge oracle. A stage
     whose score is below `HIGH` (0.7) and falls by less than `LEAST_LEARNT` (0.03) looks untrained, or is
     of no use for these classes.
 
@@ -74,16 +73,16 @@ def fmce_report(
         table[['fmcs', 'low', 'high']] = np.nan
         scores = np.full_like(scores, np.nan)
     classes = _probe_classes(targets)
-    return FMCEReport(facts.plan.arch, table, scores, _notes(table, len(items), measured), items,
+    return FMCEReport(facts.plan.arch, table, scores, _notes(table, len(items), measured, oracle), items,
                       _class_names(dl, targets), extreme_pictures(dl, [first_image(x) for x in xs], scores),
-                      'the universal oracle' if needs_labels(oracle) else 'a fitted oracle', measured,
+                      oracle.title, measured,
                       weights, np.nan if classes is None else chance_level(classes))
 
 def needs_labels(
     oracle:FMCENet,
 ) -> bool:
     "True for an oracle that measures convergence only on images with class labels."
-    return isinstance(oracle, UniversalFMCENet)
+    return oracle.needs_labels
 
 def _probe_classes(targets):
     "The class labels for the probe; None where images have no single class, or all the same."
@@ -189,9 +188,11 @@ def _table_of(facts, verdicts):
                          fmcs=mean_score(fmcs), low=low, high=high, images=int(scored.sum()), learnt=gain))
     return pd.DataFrame(rows)
 
-def _notes(table, n, measured):
+def _notes(table, n, measured, oracle):
     "Warnings about rows of the table, and whether there is any FMCS, as sentences."
-    if not measured: return [*_unreadable_notes(table, n), f"No FMCS: {NEEDS_LABELS}"]
+    if not measured:
+        unreadable = _unreadable_notes(table, n) if oracle.scores_unlabelled else []
+        return [*unreadable, f"No FMCS: {NEEDS_LABELS}"]
     notes = [NO_NEW_NETWORK]*bool(table.probe.notna().any() and table.new.isna().all())
     notes += [_untrained_note(r) for r in table[looks_untrained(table)].itertuples()]
     notes += [f"{r.module}: {n - r.images} of {n} images have no score "

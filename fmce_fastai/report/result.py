@@ -46,7 +46,7 @@ def draw_probe(ax, table):
 BLUE,ORANGE = '#0072B2','#D55E00'  # Okabe and Ito's
 
 NEEDS_LABELS = (
-    "without class labels the universal oracle does not measure convergence, so FMCS and probe are "
+    "without class labels this oracle does not measure convergence, so FMCS and probe are "
     "left out. Give images with one class each (DataLoaders with classes; for the command, a folder with "
     "one subfolder per class, and no --no-labels), or an oracle fitted to this network, which needs none.")
 

@@ -11,10 +11,11 @@ __all__ = ['ARMS', 'NO_ALPHA', 'StudyError', 'universal_oracle', 'parts', 'has_a
 from fastai.callback.mixup import MixUp
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 
-from ..oracle.base import FMCENet
+from ..oracle.base import as_oracle, FMCENet
+from ..oracle.ridge import RidgeFMCENet
 from ..train.losses import check_alpha
 from ..train.callback import FMCECallback
-from .rivals import AddLoss, alignment_loss, KeepMaps, supcon_loss
+from .rivals import AddLoss, AddLossWithMemory, alignment_loss, KeepMaps, supcon_loss
 from .controls import Placebo, ScaledLoss, ShuffledTargets
 
 # %% ../../nbs/07a_study.arms.ipynb #887fb5bd
@@ -23,10 +24,10 @@ class StudyError(ValueError):
 
 # %% ../../nbs/07a_study.arms.ipynb #a4461f77
 def universal_oracle(
-    study, # `Study`; its `oracle` is a file, or '' for the shipped one
+    study, # `Study`; its `oracle` is a file, 'ridge', or '' for the shipped one
 ) -> FMCENet:
     "The universal oracle of a study."
-    return FMCENet.load(study.oracle) if study.oracle else FMCENet.universal()
+    return as_oracle(study.oracle) if study.oracle else FMCENet.universal()
 
 def _ral(study, alpha, oracle, cls=FMCECallback, **kwargs):
     "RAL with the study's taps and FMCS loss."
@@ -50,8 +51,16 @@ def _ral_universal(study, alpha, seed, folder): return _ral(study, alpha, univer
 def _ral_memory(study, alpha, seed, folder):
     return _ral(study, alpha, universal_oracle(study), memory=study.memory)
 
+def _ridge(study, alpha, seed, folder): return _ral(study, alpha, RidgeFMCENet())
+
+def _ridge_memory(study, alpha, seed, folder):
+    return _ral(study, alpha, RidgeFMCENet(), memory=study.memory)
+
 def _alignment(study, alpha, seed, folder):
     return dict(cbs=[AddLoss(study, (1-alpha, alpha), alignment_loss)])
+
+def _alignment_memory(study, alpha, seed, folder):
+    return dict(cbs=[AddLossWithMemory(study, (1-alpha, alpha), alignment_loss)])
 
 def _supcon(study, alpha, seed, folder):
     return dict(cbs=[AddLoss(study, (1-alpha, alpha), supcon_loss)])
@@ -70,7 +79,10 @@ ARMS = {
     'ral':_ral_fitted,
     'ral-universal':_ral_universal,
     'ral-memory':_ral_memory,
+    'ridge':_ridge,
+    'ridge-memory':_ridge_memory,
     'alignment':_alignment,
+    'alignment-memory':_alignment_memory,
     'supcon':_supcon,
     'keep-maps':_keep_maps,
     'label-smoothing':_label_smoothing,

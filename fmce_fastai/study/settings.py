@@ -48,10 +48,10 @@ class Study:
     seeds:tuple=(0, 1, 2) # Of the final table
     tune_seeds:tuple=(100,) # For choosing rates and alphas
     # RAL
-    oracle:str='' # File of the universal oracle; '': the shipped one
+    oracle:str='' # File of the universal oracle, or 'ridge'; '': the shipped one
     taps:tuple=() # Taps that count; (): the callback's default
     fmcs_loss:str='nll' # As in `FMCECallback`
-    memory:int=200 # Images in the memory bank of the arm `ral-memory`
+    memory:int=200 # Images in the memory bank of the arms that have one
     # Machine
     threads:int=1 # torch threads of a run
 

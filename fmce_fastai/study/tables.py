@@ -63,7 +63,7 @@ def seen_note(
 def _oracle_sources(study):
     "Data sets that the oracle was trained on; none where its file is missing: tables are read elsewhere, too."
     try: return universal_oracle(study).card.get('data', {}).get('sources', [])
-    except OracleFileError: return []
+    except (OracleFileError, ImportError): return []
 
 # %% ../../nbs/07o_study.tables.ipynb #21cf6088
 _FOOTNOTE = ("acc.: mean test accuracy. difference: to plain, in points, paired over seeds. "

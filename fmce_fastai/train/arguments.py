@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ..maps.plan import TapError, TapPlan
-from ..oracle.universal import UniversalFMCENet
 from .losses import check_alpha
 
 # %% ../../nbs/04g_train.arguments.ipynb #07e520c9
@@ -55,7 +54,7 @@ def check_when(
 # %% ../../nbs/04g_train.arguments.ipynb #7d9d037c
 def check_memory(
     memory, # Number of images in the memory bank, or `'auto'`
-    oracle, # The oracle, or None for the universal one
+    oracle, # The oracle; None: the universal one
 ): # `'auto'` or an int
     "`memory`, checked. Raises `ValueError` for no number of images, and for an oracle that cannot use a bank."
     if isinstance(memory, str) and memory == 'auto': return memory
@@ -64,12 +63,13 @@ def check_memory(
         raise ValueError(f"memory is {memory!r}; give a number of images, 0 for none, or 'auto'.")
     if memory and oracle is not None and not uses_neighbours(oracle):
         raise ValueError(f"memory is {memory}, but the oracle is a {type(oracle).__name__}: "
-                         "it scores each image by itself. Leave memory out, or use the universal oracle.")
+                         "it scores each image by itself. Leave memory out, or use the universal oracle "
+                         "or 'ridge'.")
     return int(memory)
 
 def uses_neighbours(oracle):
-    "True if `oracle` scores an image by the other images of its batch."
-    return isinstance(oracle, UniversalFMCENet)
+    "True if `oracle`, which may be None, scores an image by the other images of its batch."
+    return oracle is not None and oracle.uses_neighbours
 
 # %% ../../nbs/04g_train.arguments.ipynb #0a1d3fcd
 def counted_taps(

@@ -60,12 +60,12 @@ class FMCECallback(ScoringCallback):
 
     def __init__(self,
         alpha=0.9, # Representation Abstraction Factor in [0, 1], or a schedule, e.g. `SchedCos(0., 0.9)`
-        oracle:FMCENet|None=None, # An oracle, its file or name on the Hub; default: the universal one
+        oracle:FMCENet|None=None, # An oracle, its file, name on the Hub, or 'ridge'; default: the universal one
         taps:list|None=None, # Taps that count in the loss; default: all of a fitted oracle, else the last two
         when='auto', # When RAL acts: from a share of the fit, (start, end), `'converged'`, `'auto'`, a callable
         fmcs_loss:str='nll', # `'nll'`: -log p(top level); `'gap'`: 1 - FMCS
         targets='auto', # `'auto'`: class labels go to the oracle where there are any; None: never
-        memory='auto', # Images in the memory bank of the universal oracle; `'auto'`: where it is needed
+        memory='auto', # Images in the memory bank of universal oracle or ridge; `'auto'`: where it is needed
         verbose:bool=False, # Print, once a fit, what is read, when RAL acts and how many images have a pair
     ):
         self.alpha = check_alpha_or_schedule(alpha)
@@ -211,15 +211,22 @@ class FMCECallback(ScoringCallback):
         counted = {n:m.detach() for (n,m),counts in zip(maps.items(), self.counted) if counts}
         if plain == 'no_gradient':
             return no_gradient_message(self.feature_tap.plan.subset(counted).resolve(self.model))
-        if plain == 'not_valid':
-            least = getattr(self.oracle, 'min_batch', 1)
-            return not_valid_message(counted, self.batch_targets, known, least, self.bank_size > 0)
-        return NOT_FINITE
+        return self._why_not_valid(counted, known) if plain == 'not_valid' else NOT_FINITE
+
+    def _why_not_valid(self, maps, known):
+        oracle = self.oracle
+        if self.batch_targets is None and not oracle.scores_unlabelled: return self._why_no_classes()
+        least = getattr(oracle, 'min_batch', 1)
+        return not_valid_message(maps, self.batch_targets, known, least, self.bank_size > 0, oracle.title)
+
+    def _why_no_classes(self):
+        oracle = self.oracle
+        return no_classes_message(self.target_mode, self.learn.yb, oracle.title, oracle.scores_unlabelled)
 
     def _why_not_due(self):
         "Why `when` excludes this step. Without classes that is said at once: no later step will differ."
         if self.when != 'auto': return when_message(self.when)
-        message = no_classes_message(self.target_mode, self.learn.yb)
+        message = self._why_no_classes()
         if not self._is_told: warnings.warn(message)
         self._is_told = True
         return message

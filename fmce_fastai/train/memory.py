@@ -24,36 +24,59 @@ class MemoryBank:
         "Forget every image."
         self.maps = {}       # tap name -> (n, C, h, w)
         self.targets = None  # (n,) class labels or (n, C) shares of class
+        self.ids = None      # (n,) indices of the images in the data set, on the CPU; None: unknown
         self.grams = {}      # tap name -> `NeighbourGrams` of these images
 
     def score(self,
-        oracle, # A universal oracle, for these taps
+        oracle, # An oracle that scores images by each other, for these taps
         maps:dict, # Tap name -> (B, C, H, W)
         targets:torch.Tensor, # (B,) class labels or (B, C) shares of class
         size:int, # Number of images that the bank keeps for the next batch
+        ids:torch.Tensor|None=None, # (B,) indices in the data set; copies of these images are dropped first
     ) -> Scores: # Of the batch's own images
         """The scores of a batch among the images in the bank, which then keeps the newest `size` of them all.
 
         Only inner products with the batch are computed; where that is not exact, those of all images."""
         with torch.autocast(targets.device.type, enabled=False):
             maps = self._pooled(maps)
+            self.drop(ids)
             grams = {n:self._join_grams(n, m, size) for n,m in maps.items()}
-            if all(g is not None for g in grams.values()):
-                return oracle.score_among(grams, self._keep(maps, targets, size), len(targets))
-        scores = oracle(self._join(maps), self._keep(maps, targets, size))
+            joined = {} if all(g is not None for g in grams.values()) else self._join(maps)
+            all_targets = self._keep(maps, targets, size, ids)
+            if not joined: return oracle.score_among(grams, all_targets, len(targets))
+        scores = oracle(joined, all_targets)
         return Scores(*(s[:len(targets)] for s in scores))
 
     def with_neighbours(self,
         maps:dict, # Tap name -> (B, C, H, W)
         targets:torch.Tensor, # (B,) class labels or (B, C) shares of class
         size:int, # Number of images that the bank keeps for the next batch
+        ids:torch.Tensor|None=None, # (B,) indices in the data set; copies of these images are dropped first
     ) -> tuple: # Tap name -> (B + n, C, h, w), pooled; their targets
         """The batch, followed by the n images in the bank, which then keeps the newest `size` of them all.
 
         After a change of the image size the maps in the bank have other shapes. They are dropped; n is 0."""
         maps = self._pooled(maps)
+        self.drop(ids)
         self.grams = {}  # they would lack this batch
-        return self._join(maps), self._keep(maps, targets, size)
+        return self._join(maps), self._keep(maps, targets, size, ids)
+
+    def drop(self,
+        ids:torch.Tensor|None, # Indices in the data set; None: drop nothing
+    ):
+        "Drop the images with these indices, or all if the indices of those in the bank are unknown."
+        if ids is None or self.targets is None: return
+        if self.ids is None: self.clear()
+        else: self._select(~torch.isin(self.ids, ids))
+
+    def _select(self, keep):
+        "Drop all images but those where `keep`, (n,) on the CPU, is true."
+        if bool(keep.all()): return
+        self.ids = self.ids[keep]
+        keep = keep.to(self.targets.device)
+        self.targets = self.targets[keep]
+        self.maps = {n:m[keep] for n,m in self.maps.items()}
+        for g in self.grams.values(): g.select(keep)
 
     def _pooled(self, maps):
         "The maps, pooled; empties the bank if its maps have other shapes."
@@ -70,11 +93,14 @@ class MemoryBank:
     def _join_grams(self, name, fmap, size):
         return self.grams.setdefault(name, NeighbourGrams()).join(fmap, self._before(name, fmap), size)
 
-    def _keep(self, maps, targets, size):
+    def _keep(self, maps, targets, size, ids=None):
         "Keep the newest `size` images; returns the targets of all, the batch's first."
         targets = targets if self.targets is None else join_targets(targets, self.targets)
         self.maps = {n:m.detach()[:size] for n,m in self._join(maps).items()}
         self.targets = targets[:size]
+        if ids is not None: ids = (ids if self.ids is None else torch.cat([ids, self.ids]))[:size]
+        self.ids = ids
+        if ids is not None: self._select(~(ids[:,None] == ids).tril(-1).any(1))  # an image twice in the batch
         return targets
 
     def __getstate__(self): return MemoryBank().__dict__  # no map is pickled

@@ -55,6 +55,7 @@ class AutoMemory:
         n_classes:int|None=None, # Of the data; default: those in `targets`
         n_images:int|None=None, # Training images, where known
         least:int=8, # Fewest images that the oracle scores
+        oracle:str='the universal oracle', # What the message calls it
     ) -> str: # What to tell the user; empty if nothing changed
         "Take note of a step. The bank is switched on if too few images had a pair so far."
         n = len(targets)
@@ -67,7 +68,7 @@ class AutoMemory:
         if n >= least and not share < LEAST_SHARE: return ''
         n_classes = max(n_classes or 0, count_classes(targets))
         self.size = bank_size(n, n_classes, n_images, least)
-        return auto_message(n, n_classes, share, self.size, least)
+        return auto_message(n, n_classes, share, self.size, least, oracle)
 
     def _one_class(self, targets):
         "True if all images so far are of one class."
@@ -89,10 +90,11 @@ def auto_message(
     share:float, # Of the images with a pair
     size:int, # Of the bank
     least:int, # Fewest images that the oracle scores
+    oracle:str='the universal oracle', # What the message calls it
 ) -> str:
     "The warning by which the user learns of the bank."
     why = f"only {share:.0%} of the images have another image of their class, and one of another class, "
     why += f"in their batch of {batch_size} ({n_classes} classes)"
-    if batch_size < least: why = f"a batch has {batch_size} images, and the universal oracle scores {least} or more"
+    if batch_size < least: why = f"a batch has {batch_size} images, and {oracle} scores {least} or more"
     return (f"FMCECallback keeps the maps of the last {size} images in a memory bank, because {why}. "
             f"Pass memory={size} to set this yourself, or memory=0 for no bank.")

@@ -45,7 +45,7 @@ def describe_when(
 def describe_memory(
     memory, # `'auto'` or a number of images
     size:int, # Images in the bank of the last fit
-    needs_classes:bool, # True for the universal oracle
+    needs_classes:bool, # True for oracles that score images by each other
 ) -> str:
     "The memory bank."
     if not needs_classes: return 'none: this oracle scores each image by itself'
