@@ -19,7 +19,7 @@ from fastai.vision.augment import RandomErasing
 from scipy import stats
 
 from fmce_fastai.study.jobs import run_job
-from fmce_fastai.study.learner import build_learner
+from fmce_fastai.study.learner import build_learner, eval_dl
 from fmce_fastai.util.files import write_json
 from fmce_fastai.util.processes import run_in_processes
 from fmce_fastai.study.arms import ARMS, has_alpha, parts, StudyError
@@ -109,10 +109,9 @@ def test_two_names_for_one_arm_are_identical(tmp_path, arm):
 
 def test_a_leak_is_found_to_gain_and_a_harm_to_harm(tmp_path, arm):
     class Leak(Callback):
-        "Trains on test images after the fit."
+        "Trains on the test images that are judged, after the fit."
         def after_fit(self):
-            dl = self.dls.loaders[2].new(bs=300)
-            x, y = (t.as_subclass(torch.Tensor) for t in next(iter(dl)))
+            x, y = (t.as_subclass(torch.Tensor) for t in eval_dl(self.dls, "test", TINY["n_eval"]).one_batch())
             opt = torch.optim.Adam(self.model.parameters(), 3e-3)
             self.model.train()
             for _ in range(25):
