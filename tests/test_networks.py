@@ -35,12 +35,12 @@ def build(dls, arch, cbs=None, cut=None):
 def run(arch, kwargs, device):
     "Three recorded steps, then three with RAL: the tap plan, the recorder, the learner."
     set_seed(0)
-    dls = digits_dls(size=32, bs=8, n_train=24, device=torch.device(device))
+    dls = digits_dls(size=64, bs=8, n_train=24, device=torch.device(device))
     dls.loaders[1] = dls.valid.new(n=8)
     recorder = FMCSRecorder(n_images=8, n_snapshots=2)
     learn = build(dls, arch, recorder, **kwargs)
     learn.model.to(device)
-    plan = tap_plan(learn.model, size=32)
+    plan = tap_plan(learn.model, size=64)
     with learn.no_bar(), learn.no_logging():
         with pytest.warns(ConvergenceWarning): learn.fit(1, 1e-3)  # three steps are no run
         learn.remove_cb(recorder)
