@@ -1,4 +1,5 @@
 "Contracts of fitting an oracle: held-out images stay held out, seeds decide everything, figures equal an independent calculation."
+import copy
 import json
 import warnings
 
@@ -34,6 +35,9 @@ def dataset(tmp_path_factory):
     ds.snapshots["fmcs"] = np.linspace(0, 1, len(ds))**.5
     return ds
 
+@pytest.fixture(scope="module")
+def oracle(dataset): return fit_oracle(dataset, **QUICK)
+
 
 def test_images_are_split_not_rows():
     for n, holdout, seed in [(10, .2, 0), (33, .5, 1), (100, .01, 2)]:
@@ -45,9 +49,8 @@ def test_images_are_split_not_rows():
         with pytest.raises(ValueError, match="holdout"): split_images(20, holdout)
 
 
-def test_judges_take_the_file_of_an_oracle(dataset, tmp_path):
+def test_judges_take_the_file_of_an_oracle(dataset, oracle, tmp_path):
     from fmce_fastai.report.plots import fmcs_over_training, plot_calibration
-    oracle = fit_oracle(dataset, **QUICK)
     path = oracle.save(tmp_path/"oracle.safetensors")
     for given in (path, str(path)):
         assert judge_oracle(given, dataset, bar=False).equals(judge_oracle(oracle, dataset, bar=False))
@@ -97,8 +100,7 @@ def test_a_seed_decides_everything_and_disturbs_nothing(dataset):
     assert a == b != c and oracles[0].card == oracles[1].card
 
 
-def test_the_oracle_is_frozen_on_the_cpu_and_its_card_tells(dataset, tmp_path):
-    oracle = fit_oracle(dataset, **QUICK)
+def test_the_oracle_is_frozen_on_the_cpu_and_its_card_tells(dataset, oracle, tmp_path):
     assert oracle.frozen and not oracle.training and all(not p.requires_grad and p.device.type == "cpu" for p in oracle.parameters())
     card = oracle.card
     assert card["data"] == dict(n_images=dataset.n_images, held_out=len(card["held_out_images"]), snapshots=len(dataset), targets=len(set(dataset.targets.tolist())))
@@ -109,8 +111,7 @@ def test_the_oracle_is_frozen_on_the_cpu_and_its_card_tells(dataset, tmp_path):
     assert judge_oracle(again, dataset).to_dict("records") == oracle.card["scores"]
 
 
-def test_mae_and_rho_by_an_independent_calculation(dataset):
-    oracle = fit_oracle(dataset, **QUICK)
+def test_mae_and_rho_by_an_independent_calculation(dataset, oracle):
     held = oracle.card["held_out_images"]
     table = judge_oracle(oracle, dataset).set_index(["module", "mode"])
     for j, name in enumerate(dataset.plan.names):
@@ -130,26 +131,25 @@ def test_training_learns_the_labels(dataset):
     assert long < short
 
 
-def test_what_cannot_be_fitted_is_named(dataset, tmp_path):
+def test_what_cannot_be_fitted_is_named(dataset, oracle):
     with pytest.raises(TypeError, match="FMCSDataset"): fit_oracle(str(dataset.path))
     ds = FMCSDataset(dataset.path)
     ds.snapshots["fmcs"] = np.nan
     with pytest.raises(DatasetError, match="no FMCS labels"): fit_oracle(ds)
     ds.snapshots["fmcs"] = .5
     with pytest.raises(DatasetError, match="same FMCS, 0.50"): fit_oracle(ds)
-    oracle = fit_oracle(dataset, **QUICK)
+    oracle = copy.deepcopy(oracle)
     oracle.card = {}
     with pytest.raises(ValueError, match="images="): judge_oracle(oracle, dataset)
     assert len(judge_oracle(oracle, dataset, images=[0, 1])) == 2*len(dataset.plan)
     with pytest.raises(ValueError): fit_oracle(dataset, holdout=0., **QUICK)
 
 
-def test_nan_maps_are_left_out_of_the_figures(dataset, monkeypatch):
+def test_nan_maps_are_left_out_of_the_figures(dataset, oracle, monkeypatch):
     init = module.MapRows.__init__
     def spoiled(self, ds):
         init(self, ds)
         for m in self.maps.values(): m[0, :, ::3] = float("nan")
-    oracle = fit_oracle(dataset, **QUICK)
     monkeypatch.setattr(module.MapRows, "__init__", spoiled)
     scores = score_dataset(oracle, dataset)
     assert np.isnan(scores[0, :, ::3]).all() and np.isfinite(scores[1:]).all()
@@ -157,8 +157,8 @@ def test_nan_maps_are_left_out_of_the_figures(dataset, monkeypatch):
     assert all(torch.isfinite(p).all() for p in spoilt.parameters()) and np.isfinite([r["mae"] for r in spoilt.card["scores"]]).all()
 
 
-def test_a_bar_where_there_is_something_to_wait_for(dataset, monkeypatch):
-    oracle, shown = fit_oracle(dataset, **QUICK), []
+def test_a_bar_where_there_is_something_to_wait_for(dataset, oracle, monkeypatch):
+    shown = []
     monkeypatch.setattr(judging, "progress_bar", lambda o: shown.append(len(o)) or o)
     many = np.resize(np.arange(dataset.n_images), 5000//(2*len(dataset)))
     scores = score_dataset(oracle, dataset, many)

@@ -1,4 +1,5 @@
 "Contracts of studies: matched budgets, planted effects, runs that survive being killed, statistics against their written formulas."
+import multiprocessing
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from fastai.vision.augment import RandomErasing
 from scipy import stats
 
 from fmce_fastai.study.jobs import run_job
-from fmce_fastai.study.learner import build_learner
+from fmce_fastai.study.learner import build_learner, eval_dl
 from fmce_fastai.util.files import write_json
 from fmce_fastai.util.processes import run_in_processes
 from fmce_fastai.study.arms import ARMS, has_alpha, parts, StudyError
@@ -53,7 +54,7 @@ def row(arm="plain", seed=0, accuracy=.9, phase="final", alpha=0., lr=3e-3, **kw
 def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tmp_path):
     "All arms that need no stage 1, with an architecture that has dropout."
     names = [n for n in ARMS if n != "ral"]
-    run_study(Study(tuple(names), (.5,), "ral-universal", arch="test_vit", **{**TINY, "size": 64, "n_train": 64, "n_eval": 20, "seeds": (0,)}), tmp_path, bar=False)
+    run_study(Study(tuple(names), (.5,), "ral-universal", arch="test_vit", **{**TINY, "size": 32, "n_train": 64, "n_eval": 20, "seeds": (0,)}), tmp_path, bar=False)
     rows = read_rows(tmp_path)
     assert len(rows) == len(names) and {r["steps"] for r in rows} == {2}
     for key in ("start", "batches"): assert len({r[key] for r in rows}) == 1
@@ -108,10 +109,9 @@ def test_two_names_for_one_arm_are_identical(tmp_path, arm):
 
 def test_a_leak_is_found_to_gain_and_a_harm_to_harm(tmp_path, arm):
     class Leak(Callback):
-        "Trains on test images after the fit."
+        "Trains on the test images that are judged, after the fit."
         def after_fit(self):
-            dl = self.dls.loaders[2].new(bs=300)
-            x, y = (t.as_subclass(torch.Tensor) for t in next(iter(dl)))
+            x, y = (t.as_subclass(torch.Tensor) for t in eval_dl(self.dls, "test", TINY["n_eval"]).one_batch())
             opt = torch.optim.Adam(self.model.parameters(), 3e-3)
             self.model.train()
             for _ in range(25):
@@ -250,19 +250,21 @@ def test_partial_tables(tmp_path):
 
 # Runs that last ----------------------------------------------------------------------------------------------------
 def test_killed_three_times_it_ends_with_the_same_table(tmp_path):
-    "Killed with all its processes, each time a little after another run has finished; it ends in two processes."
+    "Killed each time a little after another run has finished; it ends in two processes."
     study = Study(("plain", "scaled", "ral-universal"), primary="ral-universal", **{**TINY, "seeds": (0, 1)})
     quiet(study, tmp_path/"whole")
     study.save(tmp_path/"killed")
     finished = lambda: {f: f.stat().st_mtime_ns for f in (tmp_path/"killed"/"runs").glob("[!.]*.json")}
-    code = f"from fmce_fastai.study.run import run_study; run_study(None, {str(tmp_path/'killed')!r}, bar=False)"
+    server = multiprocessing.get_context("forkserver")  # it imports what a study needs, once for all three
+    server.set_forkserver_preload(["fmce_fastai.study.run", "fmce_fastai.data.digits", "fastai.vision.learner", "timm"])
     rng = random.Random(0)
     for _ in range(3):
-        p, n, limit = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], start_new_session=True, stderr=subprocess.DEVNULL), len(finished()), time.time() + 90
-        while len(finished()) == n and p.poll() is None and time.time() < limit: time.sleep(.02)
+        n, limit, p = len(finished()), time.time() + 90, server.Process(target=run_study, args=(None, tmp_path/"killed"), kwargs=dict(bar=False))
+        p.start()
+        while len(finished()) == n and p.is_alive() and time.time() < limit: time.sleep(.02)
         time.sleep(rng.uniform(0, .3))
-        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
-        p.wait()
+        p.kill()
+        p.join()
     stamps = finished()
     assert 0 < len(stamps)
     quiet(None, tmp_path/"killed", jobs=2)

@@ -18,16 +18,16 @@ import timm_zoo
 # As the sweep itself runs: 1,371 networks of timm warn of many things, and two steps are no run that converges
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Network: layouts of its maps, settings (all four where they are cheap)
+# Network: layouts of its maps, settings (all four for one network with maps and one with tokens)
 EVERY = timm_sweep.SETTINGS
 CHEAP = [("learner", "on"), ("vision_learner", "off")]
 NETWORKS = {
     "test_resnet": ("NCHW", EVERY),
-    "test_convnext": ("NCHW", EVERY),
-    "repghostnet_050": ("NCHW", CHEAP),
-    "test_mambaout": ("NHWC", EVERY),
+    "test_convnext": ("NCHW", CHEAP),
+    "repghostnet_050": ("NCHW", CHEAP[:1]),
+    "test_mambaout": ("NHWC", CHEAP),
     "test_vit": ("NLC+1", EVERY),
-    "test_vit_relpos": ("NLC", CHEAP),
+    "test_vit_relpos": ("NLC", CHEAP[1:]),
     "vit_tiny_patch16_dinov3_qkvb": ("NLC+5", CHEAP[:1]),
     "efficientvim_m1": ("NCHW in tuple", CHEAP[:1]),
     "crossvit_tiny_240": ("NLC+1 in tuple", [("vision_learner", "off")]),

@@ -8,6 +8,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/maps.head.html.md"""
 __all__ = ['ChannelsFirst', 'timm_head', 'image_size_kwargs']
 
 # %% ../../nbs/02k_maps.head.ipynb #f680fb1c
+import functools
+
 import torch
 from torch import nn
 
@@ -43,6 +45,38 @@ def _body_layout(shape, timm_model):
     else: layout = {2:'NC', 3:'NLC'}.get(len(shape))
     return layout if layout and shape[_CHANNEL_DIM[layout]] == n else None
 
+def _cached(find):
+    """`find(arch, ...)`, run once for each network of timm's registry and set of arguments.
+
+    Arguments that have no hash, such as lists, and networks from a file or from the Hub are not cached."""
+    @functools.lru_cache(maxsize=256)
+    def known(entrypoint, arch, *args, **kwargs): return find(arch, *args, **kwargs)
+    def call(arch, *args, **kwargs):
+        import timm
+        try: hash((args, tuple(kwargs.values())))
+        except TypeError: return find(arch, *args, **kwargs)
+        if not timm.is_model(arch): return find(arch, *args, **kwargs)
+        # the entrypoint is part of the key: another network can be registered under the same name
+        return known(timm.model_entrypoint(arch), arch, *args, **kwargs)
+    return call
+
+@_cached
+def _body_output(arch, n_in, **kwargs):
+    "(layout, channels) of what `vision_learner`'s body of `arch` returns. Raises `TapError`."
+    import timm
+    from fastai.vision.learner import TimmBody
+    with torch.device('meta'):
+        timm_model = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=n_in, **kwargs)
+        body = TimmBody(timm_model, False, None, n_in)
+    x = probe_network(body, body.model, None, None).x
+    with quiet_eval(body): out = body(x)
+    shape = tuple(out.shape) if isinstance(out, torch.Tensor) else ()
+    layout,nf = _body_layout(shape, body.model),body.model.num_features
+    if layout is not None: return layout,nf
+    raise TapError(
+        f"The body of {arch} returns {shape or type(out).__name__}; a head reads (B, {nf}), "
+        f"(B, L, {nf}), (B, H, W, {nf}) or (B, {nf}, H, W). Write a custom_head for it.")
+
 def timm_head(
     arch:str, # A timm name
     n_out:int, # Classes, or other outputs
@@ -59,24 +93,29 @@ def timm_head(
     """fastai's head for the body that `vision_learner` makes of `arch`, whatever the layout of its output.
 
     Raises `TapError` for an output in no known layout, or if `arch` does not run on its own image size."""
-    import timm
-    from fastai.vision.learner import TimmBody, create_head
-    with torch.device('meta'):
-        timm_model = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=n_in, **kwargs)
-        body = TimmBody(timm_model, False, None, n_in)
-    x = probe_network(body, body.model, None, None).x
-    with quiet_eval(body): out = body(x)
-    shape = tuple(out.shape) if isinstance(out, torch.Tensor) else ()
-    layout,nf = _body_layout(shape, body.model),body.model.num_features
-    if layout is None:
-        raise TapError(
-            f"The body of {arch} returns {shape or type(out).__name__}; a head reads (B, {nf}), "
-            f"(B, L, {nf}), (B, H, W, {nf}) or (B, {nf}, H, W). Write a custom_head for it.")
+    from fastai.vision.learner import create_head
+    layout,nf = _body_output(arch, n_in, **kwargs)
     head = create_head(nf, n_out, lin_ftrs, ps, pool=layout != 'NC', concat_pool=concat_pool,
                        first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range)
     return nn.Sequential(ChannelsFirst(layout), *head)
 
 # %% ../../nbs/02k_maps.head.ipynb #f6e53059
+@_cached
+def _size_argument(arch, size, n_in, **kwargs):
+    "The names of the arguments that make `arch` accept images of `size`. Raises `TapError`."
+    import timm
+    first = None
+    for extra in ({}, dict(img_size=size)):
+        try:
+            with torch.device('meta'):
+                kind = dict(num_classes=2, in_chans=n_in)
+                model = timm.create_model(arch, pretrained=False, **kind, **extra, **kwargs)
+            probe_network(model, model, None, size)
+            return tuple(extra)
+        except Exception as e: first = first or e
+    if isinstance(first, TapError): raise first
+    raise TapError(f"{arch} could not be built: {type(first).__name__}: {first}") from first
+
 def image_size_kwargs(
     arch:str, # A timm name
     size:int|tuple, # Image size in pixels, an integer or (H, W)
@@ -86,15 +125,4 @@ def image_size_kwargs(
     """What to pass to `timm.create_model`, or `vision_learner`, so that `arch` accepts images of `size`.
 
     Raises `TapError` if it accepts them in neither way."""
-    import timm
-    first = None
-    for extra in ({}, dict(img_size=size)):
-        try:
-            with torch.device('meta'):
-                kind = dict(num_classes=2, in_chans=n_in)
-                model = timm.create_model(arch, pretrained=False, **kind, **extra, **kwargs)
-            probe_network(model, model, None, size)
-            return extra
-        except Exception as e: first = first or e
-    if isinstance(first, TapError): raise first
-    raise TapError(f"{arch} could not be built: {type(first).__name__}: {first}") from first
+    return {name:size for name in _size_argument(arch, size, n_in, **kwargs)}
