@@ -8,7 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.ridge.html.md"""
 __all__ = ['left_out_errors', 'class_spread', 'centred_classes', 'channel_cosines', 'error_levels', 'check_penalty',
            'RidgeFMCENet']
 
-# %% ../../nbs/03k_oracle.ridge.ipynb #e8eb7095
+# %% ../../nbs/03k_oracle.ridge.ipynb #dc647dba
 from numbers import Real
 
 import torch
@@ -19,7 +19,7 @@ from .base import Scores
 from .batch import BatchFMCENet
 from .kernels import cosines, has_pair, same_class
 
-# %% ../../nbs/03k_oracle.ridge.ipynb #91872f67
+# %% ../../nbs/03k_oracle.ridge.ipynb #4814b1a0
 def left_out_errors(
     k:torch.Tensor, # (N, N) kernel, positive semi-definite
     y:torch.Tensor, # (N, C) class vectors, centred
@@ -56,7 +56,7 @@ def channel_cosines(
     x = torch.where(varies, x, 0.)
     return cosines(x @ x.T), varies
 
-# %% ../../nbs/03k_oracle.ridge.ipynb #398c1f64
+# %% ../../nbs/03k_oracle.ridge.ipynb #b4435449
 def error_levels(
     errors:torch.Tensor, # (...,) not negative
 ) -> torch.Tensor: # (..., 2) log probabilities
@@ -73,7 +73,7 @@ def check_penalty(
     raise ValueError(f"penalty is {penalty!r}; give a number of at least 0.001: with less, float32 does not "
                      "solve the regression.")
 
-# %% ../../nbs/03k_oracle.ridge.ipynb #94f0fcee
+# %% ../../nbs/03k_oracle.ridge.ipynb #515c1405
 class RidgeFMCENet(BatchFMCENet):
     """Leave-one-out ridge regression: scores any map of any network by how well others tell an image's class.
 

@@ -77,7 +77,7 @@ def alignment_loss(
         losses.append(1 - (k*same).sum()/(k.norm()*same.norm() + 1e-9))
     return torch.stack(losses).mean()
 
-# %% ../../nbs/07c_study.rivals.ipynb #148df29d
+# %% ../../nbs/07c_study.rivals.ipynb #c3c11112
 class AddLossWithMemory(AddLoss):
     "`AddLoss` over the batch and the newest images before it, without earlier copies of the batch's own."
     def __init__(self,

@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/train.identity.html.md"""
 # %% auto #0
 __all__ = ['KNOWN_PACKAGES', 'NO_INDICES', 'OTHER_CLASS', 'loader_order', 'batch_indices', 'ImageIds']
 
-# %% ../../nbs/04p_train.identity.ipynb #f2e487fe
+# %% ../../nbs/04p_train.identity.ipynb #0f72e8c2
 from itertools import islice
 from numbers import Integral
 
@@ -17,7 +17,7 @@ from fastai.torch_core import find_bs
 
 from .targets import class_targets
 
-# %% ../../nbs/04p_train.identity.ipynb #9374dfff
+# %% ../../nbs/04p_train.identity.ipynb #62acd3cc
 KNOWN_PACKAGES = ('fastai.', 'fmce_fastai.')  # whose methods make batches in the order of the indices
 
 def loader_order(
@@ -40,7 +40,7 @@ def batch_indices(
     if len(own) != n or not all(isinstance(o, Integral) for o in own): return None
     return torch.tensor([int(o) for o in own])
 
-# %% ../../nbs/04p_train.identity.ipynb #486ad26e
+# %% ../../nbs/04p_train.identity.ipynb #3596594a
 NO_INDICES = ("the training loader does not show which images of the data set a batch holds (a fastai "
               "DataLoader that reads its data set by index does)")
 OTHER_CLASS = ("the training loader's indices are not those of the images: image {} came with class {} and then "
