@@ -44,6 +44,13 @@ class BatchFMCENet(FMCENet):
         for n,m in maps.items(): check_is_map(n, m)
         return list(maps) if self.plan is None else super().check_maps(maps)
 
+    def depths(self,
+        names:list, # Of the maps
+    ) -> dict: # Name -> from 0 to 1
+        "Relative depth of each module: the plan's, or evenly spaced in the order of the maps."
+        known = {} if self.plan is None else {t.name:t.depth for t in self.plan}
+        return {n:known.get(n, (i+1)/len(names)) for i,n in enumerate(names)}
+
     def score_among(self,
         grams:dict, # Tap name -> (2, N, N) Gram matrices of the maps, from `NeighbourGrams.join`
         targets:torch.Tensor, # (N,) class labels or (N, C) class probabilities

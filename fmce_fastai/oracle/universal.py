@@ -121,15 +121,10 @@ class UniversalFMCENet(BatchFMCENet):
 
     def score_clean(self, maps, finite, targets):
         same = None if targets is None else same_class(targets.to(self.levels.device))
-        depths = self._depths(list(maps))
+        depths = self.depths(list(maps))
         scored = [self._score_finite(m, finite[n], same, depths[n]) for n,m in maps.items()]
         logits,valid = zip(*scored)
         return torch.stack(logits, 1), torch.stack(valid, 1)
-
-    def _depths(self, names):
-        "Relative depth of each module: the plan's, or evenly spaced in the order of the maps."
-        known = {} if self.plan is None else {t.name:t.depth for t in self.plan}
-        return {n:known.get(n, (i+1)/len(names)) for i,n in enumerate(names)}
 
     def _score_finite(self, fmap, finite, same, depth):
         "(B, K) logits and (B,) valid of one map; images that are not finite are left out, and not valid."
@@ -166,7 +161,7 @@ class UniversalFMCENet(BatchFMCENet):
         if len(same) < max(self.min_batch, 4):
             logits,valid = zip(*(self._not_scored(g[0,:n]) for g in grams.values()))
             return self.scores_of(torch.stack(logits, 1), torch.stack(valid, 1))
-        pairs,depths = class_pairs(same),self._depths(list(grams))
+        pairs,depths = class_pairs(same),self.depths(list(grams))
         logits = torch.stack([self._score_rows(g, pairs, n, depths[name]) for name,g in grams.items()], 1)
         return self.scores_of(logits, has_pair(same)[:n,None].expand(logits.shape[:2]))
 
