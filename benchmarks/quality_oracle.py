@@ -5,10 +5,9 @@
     python benchmarks/quality_oracle.py --report
 
 One row per way of leaving out, mode of the images (`eval` and `train`: training images; `held`: held-out ones), number
-of images and score. `labelled`, `free`: the oracle with and without labels; `ridge`, `alignment`: no learning, the
-same images; `ceiling`: a second probe, fitted to held-out images. Spearman's rho with the quality: between the modules
-of a network at one moment, of one module over training, pooled; `error`: mean error of the quality. `..._ahead`: how
-far ahead of the better one of ridge and alignment, with a 95 % bootstrap interval over runs."""
+of images and score: see `SCORES` in `fmce_fastai.pretrain.agreement`. Spearman's rho with the quality: between the
+modules of a network at one moment, of one module over training, pooled; `mae`: mean error of the quality. `..._ahead`:
+how far ahead of the better one of left-out error and alignment, with a 95 % bootstrap interval over runs."""
 import argparse
 import warnings
 from pathlib import Path

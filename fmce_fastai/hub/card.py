@@ -82,7 +82,7 @@ _NO_SCORES = (
     "The card of this oracle holds no measured figures: judge it with `judge_oracle` on a recorded run before "
     "you rely on it.")
 _NO_SCORES_RIDGE = (
-    "Nothing was fitted, so there is nothing to judge once for all: a score is the left-out error of a "
+    "Nothing was fitted, so there is nothing to judge once for all: a score comes from a leave-one-out "
     f"regression on the batch itself. [Its page]({DOCS}/oracle.ridge.html) has the formula.")
 _NO_SCORES_UNIVERSAL = (
     "The card of this oracle holds no measured figures. Figures of the universal oracle that ships with "
