@@ -142,6 +142,19 @@ def probe_modules():
     return table(["evidence", *settings.values(), "all"], lines)
 
 
+def held_out_quality():
+    "Which score tells what a probe reads on new images."
+    names = {"ridge": "ridge oracle, FMCS", "universal": "universal oracle, FMCS", "error": "ridge oracle, 1 - left-out error", "alignment": "debiased alignment", "ceiling": "a second probe (ceiling)"}
+    def cell(r, what):
+        if not r[what]: return "-"
+        ahead = f" ({float(r[what + '_ahead']):+.2f}, {float(r[what + '_low']):+.2f} to {float(r[what + '_high']):+.2f})" if r["score"] == "ridge" else ""
+        return f"{float(r[what]):.2f}{ahead}"
+    kinds = {"held": "held out", "eval": "of training", "train": "of training, in training mode"}
+    rows = [[f"{r['images']} {kinds[r['mode']]}", names[r["score"]], *(cell(r, k) for k in ("between", "over", "pooled"))]
+            for mode in kinds for r in rows_of("held_out_quality") if r["subset"] == "other" and r["mode"] == mode and not (r["images"] == "256" and r["score"] == "universal")]
+    return table(["images", "score", "between modules", "over training", "pooled"], rows)
+
+
 def groups():
     "Every family, source and task that was left out."
     found, number = {}, lambda v: f"{float(v):.2f}" if v else "-"
@@ -268,7 +281,7 @@ STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS
 NB = {"pretrain": "08j_pretrain.judge", "report": "05d_report.report", "cam": "07u_study.cams", "fit": "03i_oracle.fit", "taps": "02i_maps.find", "callback": "04i_train.callback"}
 
 # Tables on the pages of notebooks: name -> (function, notebook)
-PAGES = {"groups": (groups, NB["pretrain"]), "ablations": (ablations, NB["pretrain"]), "in_a_loss": (in_a_loss, NB["pretrain"]), "untrained_modules": (untrained_modules, NB["report"]), "untrained": (untrained, NB["report"]),
+PAGES = {"held_out_quality": (held_out_quality, "03k_oracle.ridge"), "groups": (groups, NB["pretrain"]), "ablations": (ablations, NB["pretrain"]), "in_a_loss": (in_a_loss, NB["pretrain"]), "untrained_modules": (untrained_modules, NB["report"]), "untrained": (untrained, NB["report"]),
          "checkpoint_doctor": (checkpoint_doctor, "tutorials/checkpoint"), "probe_modules": (probe_modules, NB["report"]),
          "attention": (attention, NB["cam"]), "finer": (finer, NB["cam"]),
          "families": (families, "tutorials/choosing_modules"),

