@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..maps.plan import TapPlan
-from .batch import BatchFMCENet
+from .batch import fill_in, LearntFMCENet, level_log_probs
 from .kernels import (
     cosines, gram_views, has_pair, kernels, N_KERNELS, same_class, similarity_moments, u_center)
 from .ridge import (
@@ -62,8 +62,9 @@ class QualityNet(nn.Module):
         readings, # (..., n_readings)
         context, # (..., n_context)
     ):
-        x = ((readings - self.mean)/self.std)
-        return self.log_probs(self.eta(x, ((context - self.context_mean)/self.context_std).clamp(-4, 4)))
+        x = (readings - self.mean)/self.std
+        eta = self.eta(x, ((context - self.context_mean)/self.context_std).clamp(-4, 4))
+        return level_log_probs(eta, self.thresholds, self.log_scale)
 
     def eta(self, x, context):
         "One number per image, rising with every column of `x`."
@@ -72,15 +73,6 @@ class QualityNet(nn.Module):
         z = torch.tanh(x @ F.softplus(self.first).T + first)
         z = torch.tanh(z @ F.softplus(self.second).T + second)
         return z @ F.softplus(self.third) + x @ F.softplus(self.direct) + shift[...,0]
-
-    def log_probs(self, eta):
-        "Log probabilities of the levels: differences between neighbouring P(level >= k)."
-        steps = F.softplus(self.thresholds.diff())
-        thresholds = torch.cat([self.thresholds[:1], self.thresholds[:1] + steps.cumsum(0)])
-        at_least = F.logsigmoid((eta[...,None] - thresholds)*self.log_scale.exp())  # log P(level >= k), k > 0
-        lower = F.pad(at_least, (1, 0))
-        upper = F.pad(at_least, (0, 1), value=-1e4)
-        return lower + torch.log1p(-torch.exp((upper - lower).clamp(max=-1e-6)))
 
 # %% ../../nbs/03m_oracle.quality.ipynb #e4c1ff7e
 N_CONTEXT = 4
@@ -123,7 +115,7 @@ def freedom(
     return leverage.mean(-1).clamp(min=1e-4).log().flatten(-2)
 
 # %% ../../nbs/03m_oracle.quality.ipynb #d7249ee5
-class QualityFMCENet(BatchFMCENet):
+class QualityFMCENet(LearntFMCENet):
     """The quality oracle: predicts how much a linear probe would read from any map of any network.
 
     FMCS is that quality on images that the network was not trained on: 0 chance, 1 the best that is known on
@@ -141,16 +133,10 @@ class QualityFMCENet(BatchFMCENet):
         min_batch:int=8, # Fewest images that are scored
         plan:TapPlan|None=None, # The taps that the maps come from, for the modules' depths
     ):
-        super().__init__(plan, n_levels, min_batch)
-        self.width = width
-        self.free_width = free_width
+        super().__init__(plan, n_levels, width, free_width, min_batch)
         self.held_out = False
         self.labelled = QualityNet(1, N_CONTEXT, n_levels, width)
-        n_free = N_FREE + N_CONTEXT
-        self.register_buffer('free_mean', torch.zeros(n_free))
-        self.register_buffer('free_std', torch.ones(n_free))
-        self.free = nn.Sequential(nn.Linear(n_free, free_width), nn.GELU(), nn.Linear(free_width, free_width),
-                                  nn.GELU(), nn.Linear(free_width, n_levels))
+        self.add_free_net(N_FREE + N_CONTEXT)
 
     def on(self,
         plan:TapPlan, # The tapped modules of a network
@@ -168,10 +154,10 @@ class QualityFMCENet(BatchFMCENet):
 
     def _score_finite(self, fmap, finite, targets, depth):
         "(B, K) logits and (B,) valid of one map; images that are not finite are left out, and not valid."
-        logits,valid = self._not_scored(fmap)
-        if int(finite.sum()) < max(self.min_batch, 4): return logits, valid
-        some,are_valid = self.score_map(fmap[finite], None if targets is None else targets[finite], depth)
-        return logits.index_put((finite.nonzero()[:,0],), some), valid.masked_scatter(finite, are_valid)
+        none = self.not_scored(fmap)
+        if int(finite.sum()) < max(self.min_batch, 4): return none
+        some = self.score_map(fmap[finite], None if targets is None else targets[finite], depth)
+        return fill_in(none, some, finite)
 
     def score_map(self,
         fmap:torch.Tensor, # (n, C, H, W), finite
@@ -186,8 +172,7 @@ class QualityFMCENet(BatchFMCENet):
     def score_among(self, grams, targets, n):
         targets = targets.to(self.levels.device)
         if len(targets) < max(self.min_batch, 4):
-            logits,valid = zip(*(self._not_scored(g[0,:n]) for g in grams.values()))
-            return self.scores_of(torch.stack(logits, 1), torch.stack(valid, 1))
+            return self.none_among(grams, n)
         depths = self.depths(list(grams))
         logits = torch.stack([self._score_rows(g, targets, n, depths[name]) for name,g in grams.items()], 1)
         return self.scores_of(logits, has_pair(same_class(targets))[:n,None].expand(logits.shape[:2]))
@@ -200,29 +185,8 @@ class QualityFMCENet(BatchFMCENet):
     def _score_free(self, grams, share, depth):
         "(n, K) logits without labels."
         context = self._context(len(share), None, depth)
-        logits = self.free_logits(torch.cat([free_readings(grams, share), context]))
+        logits = self.free_logits(free_readings(grams, share), context)
         return logits.expand(len(share), -1)
 
     def _context(self, n, targets, depth):
         return batch_context(n, targets, torch.tensor(float(depth), device=self.levels.device), self.held_out)
-
-    def free_logits(self,
-        inputs:torch.Tensor, # (..., N_FREE + N_CONTEXT)
-    ) -> torch.Tensor: # (..., K)
-        "Logits without labels."
-        return self.free(((inputs - self.free_mean)/self.free_std).clamp(-4, 4))
-
-    def _not_scored(self, x):
-        "Logits of 0, with a gradient of 0, for a batch that is too small."
-        logits = x.flatten(1).sum(1, keepdim=True)*torch.zeros(self.n_levels, device=x.device)
-        return logits, torch.zeros(len(x), dtype=torch.bool, device=x.device)
-
-    def spec(self):
-        sizes = dict(width=self.width, free_width=self.free_width, min_batch=self.min_batch)
-        return {**super().spec(), **sizes}
-
-    @classmethod
-    def from_spec(cls, spec):
-        plan = TapPlan.from_dict(spec['plan']) if spec.get('plan') else None
-        sizes = (int(spec[k]) for k in ('n_levels', 'width', 'free_width', 'min_batch'))
-        return cls(*sizes, plan)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..maps.plan import TapPlan
 from .base import Scores
-from .batch import BatchFMCENet
+from .batch import BatchFMCENet, fill_in
 from .kernels import cosines, has_pair, same_class
 
 # %% ../../nbs/03k_oracle.ridge.ipynb #4814b1a0
@@ -158,7 +158,7 @@ class RidgeFMCENet(BatchFMCENet):
         none = self._not_scored(fmap)
         if targets is None or int(finite.sum()) < max(self.min_batch, 2): return none
         some = self.score_map(fmap[finite], targets[finite])
-        return tuple(o.masked_scatter(finite, s) for o,s in zip(none, some))
+        return fill_in(none, some, finite)
 
     def score_map(self,
         fmap:torch.Tensor, # (n, C, H, W), finite

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..maps.plan import TapPlan
 from .base import FMCENet, Scores
-from .batch import BatchFMCENet
+from .batch import fill_in, LearntFMCENet, level_log_probs
 from .kernels import (
     class_alignment, class_pairs, class_share, gram_views, has_pair, kernels, N_KERNELS, same_class,
     similarity_moments, u_center)
@@ -46,22 +46,14 @@ class MonotoneNet(nn.Module):
         structure, # (..., n_in + n_shares) alignments and shares
         depth, # (..., 1) relative depth of the module
     ):
-        return self.log_probs(self.eta((structure - self.mean)/self.std, depth))
+        eta = self.eta((structure - self.mean)/self.std, depth)
+        return level_log_probs(eta, self.thresholds, self.log_scale)
 
     def eta(self, x, depth):
         "One number per image, rising with every column of `x`."
         z = torch.tanh(x[...,:self.first.shape[1]] @ F.softplus(self.first).T + self.offset(depth))
         z = torch.tanh(z @ F.softplus(self.second).T + self.bias)
         return z @ F.softplus(self.third) + x @ F.softplus(self.direct)
-
-    def log_probs(self, eta):
-        "Log probabilities of the levels: differences between neighbouring P(level >= k)."
-        steps = F.softplus(self.thresholds.diff())
-        thresholds = torch.cat([self.thresholds[:1], self.thresholds[:1] + steps.cumsum(0)])
-        at_least = F.logsigmoid((eta[...,None] - thresholds)*self.log_scale.exp())  # log P(level >= k), k > 0
-        lower = F.pad(at_least, (1, 0))
-        upper = F.pad(at_least, (0, 1), value=-1e4)
-        return lower + torch.log1p(-torch.exp((upper - lower).clamp(max=-1e-6)))
 
 # %% ../../nbs/03f_oracle.universal.ipynb #c0479190
 def labelled_features(
@@ -92,7 +84,7 @@ def free_features(
     return moments, rows, torch.stack([share, share.mean(-1, keepdim=True).expand_as(share)], -1)
 
 # %% ../../nbs/03f_oracle.universal.ipynb #fffd7273
-class UniversalFMCENet(BatchFMCENet):
+class UniversalFMCENet(LearntFMCENet):
     """The universal oracle: scores any map of any network by how similar the images of a batch are.
 
     It is more accurate with class labels than without. A batch needs at least `min_batch` images; with
@@ -109,15 +101,9 @@ class UniversalFMCENet(BatchFMCENet):
         min_batch:int=8, # Fewest images that are scored
         plan:TapPlan|None=None, # The taps that the maps come from, for the modules' depths
     ):
-        super().__init__(plan, n_levels, min_batch)
-        self.width = width
-        self.free_width = free_width
+        super().__init__(plan, n_levels, width, free_width, min_batch)
         self.labelled = MonotoneNet(4*N_KERNELS, 4, n_levels, width)
-        n_free = 14*N_KERNELS + 3
-        self.register_buffer('free_mean', torch.zeros(n_free))
-        self.register_buffer('free_std', torch.ones(n_free))
-        self.free = nn.Sequential(nn.Linear(n_free, free_width), nn.GELU(), nn.Linear(free_width, free_width),
-                                  nn.GELU(), nn.Linear(free_width, n_levels))
+        self.add_free_net(14*N_KERNELS + 3)
 
     def score_clean(self, maps, finite, targets):
         same = None if targets is None else same_class(targets.to(self.levels.device))
@@ -130,11 +116,7 @@ class UniversalFMCENet(BatchFMCENet):
         "(B, K) logits and (B,) valid of one map; images that are not finite are left out, and not valid."
         if bool(finite.all()): return self.score_map(fmap, same, depth)
         if same is not None: same = same[finite][:,finite]
-        logits,valid = self.score_map(fmap[finite], same, depth)
-        at = (finite.nonzero()[:,0],)
-        all_logits = torch.zeros(len(fmap), self.n_levels, device=logits.device).index_put(at, logits)
-        all_valid = torch.zeros(len(fmap), dtype=torch.bool, device=valid.device).index_put(at, valid)
-        return all_logits, all_valid
+        return fill_in(self.not_scored(fmap), self.score_map(fmap[finite], same, depth), finite)
 
     def score_map(self,
         fmap:torch.Tensor, # (n, C, H, W), finite
@@ -143,7 +125,7 @@ class UniversalFMCENet(BatchFMCENet):
     ) -> tuple: # (n, K) logits; (n,) bool, which of them are valid
         "Score one map of a batch."
         n = len(fmap)
-        if n < max(self.min_batch, 4): return self._not_scored(fmap)
+        if n < max(self.min_batch, 4): return self.not_scored(fmap)
         features,varies = self.features(fmap, same)
         depth = torch.full((n, 1), float(depth), device=fmap.device)
         if same is None: return self.free_logits(*features, depth), varies.expand(n)
@@ -159,8 +141,7 @@ class UniversalFMCENet(BatchFMCENet):
         A subclass that overrides `score_map` or `features` overrides this too."""
         same = same_class(targets.to(self.levels.device))
         if len(same) < max(self.min_batch, 4):
-            logits,valid = zip(*(self._not_scored(g[0,:n]) for g in grams.values()))
-            return self.scores_of(torch.stack(logits, 1), torch.stack(valid, 1))
+            return self.none_among(grams, n)
         pairs,depths = class_pairs(same),self.depths(list(grams))
         logits = torch.stack([self._score_rows(g, pairs, n, depths[name]) for name,g in grams.items()], 1)
         return self.scores_of(logits, has_pair(same)[:n,None].expand(logits.shape[:2]))
@@ -169,11 +150,6 @@ class UniversalFMCENet(BatchFMCENet):
         "(n, K) logits of the first `n` images of one map."
         features = [_batch_and_image(*f) for f in aligned_rows(grams, pairs, n)]
         return self.labelled(torch.cat(features, -1), torch.full((n, 1), float(depth), device=grams.device))
-
-    def _not_scored(self, fmap):
-        "Logits of 0, with a gradient of 0, for a batch that is too small."
-        logits = fmap.flatten(1).sum(1, keepdim=True)*torch.zeros(self.n_levels, device=fmap.device)
-        return logits, torch.zeros(len(fmap), dtype=torch.bool, device=fmap.device)
 
     def features(self,
         fmap:torch.Tensor, # (n, C, H, W), finite
@@ -184,19 +160,3 @@ class UniversalFMCENet(BatchFMCENet):
         k = kernels(grams)
         u = u_center(k)
         return (free_features(k, u, share) if same is None else labelled_features(k, u, same)), varies
-
-    def free_logits(self,
-        *features, # From `free_features`, and (..., 1) depth
-    ) -> torch.Tensor: # (..., K)
-        "Logits without labels."
-        return self.free(((torch.cat(features, -1) - self.free_mean)/self.free_std).clamp(-4, 4))
-
-    def spec(self):
-        sizes = dict(width=self.width, free_width=self.free_width, min_batch=self.min_batch)
-        return {**super().spec(), **sizes}
-
-    @classmethod
-    def from_spec(cls, spec):
-        plan = TapPlan.from_dict(spec['plan']) if spec.get('plan') else None
-        sizes = (int(spec[k]) for k in ('n_levels', 'width', 'free_width', 'min_batch'))
-        return cls(*sizes, plan)
