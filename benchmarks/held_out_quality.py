@@ -37,14 +37,12 @@ def main(folder):
     runs = read_runs(folder)
     for n in runs: write_readings(folder, n)
     tables = read_readings(folder, runs)
-    universal,parts = FMCENet.universal(),[]
-    for n in (n for n in runs if runs[n]['n_held']):
-        d = agree.quality_frame(None, tables, runs, [n])
-        own = judged_scores(universal, folder, n)
-        keys = [(m == 'held', k) for m,k in zip(d['mode'], d['images'])]
-        d['universal'] = [float(own[key][s,m]) if key in own else float('nan') for key,s,m in zip(keys, d.snapshot, d.module)]
-        parts.append(d)
-    d = pd.concat(parts, ignore_index=True)
+    d = agree.quality_frame(None, tables, runs, [n for n in runs if runs[n]['n_held']])
+    own = {n:judged_scores(FMCENet.universal(), folder, n) for n in d.run.unique()}
+    def universal(r):
+        scores = own[r.run].get((r.mode == 'held', r.images))
+        return float('nan') if scores is None else float(scores[r.snapshot,r.module])
+    d['universal'] = [universal(r) for r in d.itertuples()]
     used = (HERE/'held_out_quality_developed_with.txt').read_text().split()
     subsets = dict(other=d[~d.run.isin(used)], all=d)
     tables = [agree.agreement(part, scores=SCORES).assign(subset=k) for k,part in subsets.items()]

@@ -14,7 +14,7 @@ from fmce_fastai.maps.find import tap_plan
 from fmce_fastai.oracle.base import as_oracle, FMCENet
 from fmce_fastai.oracle.files import OracleFileError
 from fmce_fastai.oracle.kernels import cosines
-from fmce_fastai.oracle.ridge import centred_classes, channel_cosines, left_out_errors, RidgeFMCENet
+from fmce_fastai.oracle.ridge import channel_cosines, left_out_scores, RidgeFMCENet
 from fmce_fastai.report.report import fmce_report
 from fmce_fastai.study.arms import ARMS
 from fmce_fastai.study.run import run_study
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_finite_differences():
     torch.manual_seed(0)
     y = torch.arange(10) % 3
     fmap = torch.randn(10, 4, 2, 2, dtype=torch.double, requires_grad=True)
-    def errors(m, n=None): return left_out_errors(channel_cosines(m)[0], centred_classes(y).double(), 1., n)
+    def errors(m, n=None): return left_out_scores(channel_cosines(m)[0], y, 1., n)[0]
     assert torch.autograd.gradcheck(lambda m: errors(m), fmap)
     assert torch.autograd.gradcheck(lambda m: errors(m, 4), fmap)
     gram = torch.randn(10, 3, dtype=torch.double)

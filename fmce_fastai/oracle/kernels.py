@@ -6,9 +6,9 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.kernels.html.md"""
 
 # %% auto #0
 __all__ = ['COS_WIDTHS', 'DISTANCE_WIDTHS', 'N_KERNELS', 'V0', 'gram_views', 'kernels', 'each_kernel', 'cosines', 'double_center',
-           'u_center', 'inner', 'same_class', 'has_pair', 'debiased_alignment', 'ClassPairs', 'class_pairs',
-           'mean_of_pairs', 'class_slopes', 'alignment_of_slopes', 'class_alignment', 'class_share', 'share_of_slopes',
-           'similarity_moments']
+           'u_center', 'inner', 'alignment', 'same_class', 'has_pair', 'debiased_alignment', 'ClassPairs',
+           'class_pairs', 'mean_of_pairs', 'class_slopes', 'alignment_of_slopes', 'class_alignment', 'class_share',
+           'share_of_slopes', 'similarity_moments']
 
 # %% ../../nbs/03e_oracle.kernels.ipynb #632132e8
 from typing import NamedTuple
@@ -110,6 +110,13 @@ def inner(
     "Inner product of matrices; of U-centred kernels it is n(n-3) times their unbiased HSIC."
     return (u*v).sum((-1,-2))
 
+def alignment(
+    u:torch.Tensor, # (..., n, n), U-centred
+    v:torch.Tensor, # (..., n, n), U-centred
+) -> torch.Tensor: # (...,) from -1 to 1
+    "Inner product of U-centred matrices, divided by their lengths: debiased CKA."
+    return inner(u, v)/(inner(u, u)*inner(v, v)).clamp(min=1e-20).sqrt()
+
 def same_class(
     targets:torch.Tensor, # (B,) class labels, or (B, C) class probabilities, as MixUp makes them
 ) -> torch.Tensor: # (B, B)
@@ -134,9 +141,7 @@ def debiased_alignment(
 ) -> torch.Tensor: # (2,): of the channel means, of the flattened map
     "Debiased alignment (CKA by unbiased HSIC) of a map with the classes: the baseline without learning."
     grams,_,_ = gram_views(fmap)
-    u = u_center(grams)
-    v = u_center(same_class(targets).to(fmap.device))
-    return inner(u, v)/(inner(u, u)*inner(v, v)).clamp(min=1e-20).sqrt()
+    return alignment(u_center(grams), u_center(same_class(targets).to(fmap.device)))
 
 # %% ../../nbs/03e_oracle.kernels.ipynb #eb662c30
 V0 = 0.09  # variance of the same-class matrix of ten classes of one size: 1/10 * (1 - 1/10)

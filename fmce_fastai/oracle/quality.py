@@ -19,8 +19,7 @@ from ..maps.plan import TapPlan
 from .batch import fill_in, LearntFMCENet, level_log_probs
 from .kernels import (
     cosines, gram_views, has_pair, kernels, N_KERNELS, same_class, similarity_moments, u_center)
-from .ridge import (
-    centred_classes, class_rows, left_out_residuals, OWN, told_probability)
+from .ridge import class_rows, left_out_residuals, left_out_scores, OWN
 
 # %% ../../nbs/03m_oracle.quality.ipynb #bc7429e4
 PENALTY = 1.  # Lambda
@@ -31,10 +30,7 @@ def read_map(
     n:int|None=None, # Number of images to read, the first; default: all
 ) -> torch.Tensor: # (..., n)
     "Probabilities of the images' classes by the regression on the others."
-    y = centred_classes(targets)
-    n = len(y) if n is None else n
-    residuals,_ = left_out_residuals(cosines(gram), y, PENALTY, n)
-    return told_probability(y[:n] - residuals, targets)
+    return left_out_scores(cosines(gram), targets, PENALTY, n)[1]
 
 # %% ../../nbs/03m_oracle.quality.ipynb #b791ca13
 class QualityNet(nn.Module):

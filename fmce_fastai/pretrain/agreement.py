@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .judge import groups_of
+from .judge import groups_of, spearman
 from .learn import train_quality
 from .readings import snapshot_qualities
 
@@ -72,17 +72,12 @@ SCORES = ('labelled', 'free', 'ridge', 'error', 'alignment', 'ceiling')
 RIVALS = ('error', 'alignment')
 LEAST_RANGE = .1 # of the qualities in a comparison
 
-def _rho(g, score):
-    "Spearman's rho; 0 for a constant score."
-    rho = g[score].corr(g.quality, method='spearman')
-    return rho if np.isfinite(rho) else 0.
-
 def _mean_rho(d, keys, score, least):
     "Per run, the mean rho over groups of at least `least` rows whose qualities differ."
     found = {}
     for (run,*_),g in d.groupby(['run', *keys]):
         if len(g) >= least and g.quality.max() - g.quality.min() > LEAST_RANGE:
-            found.setdefault(run, []).append(_rho(g, score))
+            found.setdefault(run, []).append(spearman(g[score], g.quality))
     return pd.Series({r:np.mean(v) for r,v in found.items()}, dtype=float)
 
 def run_agreement(
@@ -97,7 +92,7 @@ def run_agreement(
 
 def _pooled(d, score):
     d = d[d.quality.notna() & d[score].notna()]
-    return _rho(d, score) if len(d) > 2 else np.nan
+    return spearman(d[score], d.quality) if len(d) > 2 else np.nan
 
 def agreement(
     d:pd.DataFrame, # From `left_out_frame`

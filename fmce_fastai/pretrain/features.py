@@ -14,15 +14,11 @@ import numpy as np
 import torch
 
 from ..util.files import read_json
-from ..oracle.kernels import has_pair, kernels, same_class, u_center
+from ..oracle.kernels import alignment, has_pair, kernels, same_class, u_center
 from ..oracle.universal import free_features, labelled_features
+from .grams import square
 
 # %% ../../nbs/08h_pretrain.features.ipynb #9c62ae06
-def _alignment(gram, v):
-    "Debiased kernel-target alignment: `gram` (..., n, n) with the centred same-class matrix `v` (n, n)."
-    u = u_center(gram)
-    return (u*v).sum((-1,-2))/((u*u).sum((-1,-2))*(v*v).sum()).clamp(min=1e-20).sqrt()
-
 def batch_features(
     grams, # (S, M, 2, n, n): Gram matrices of the batch's images, per snapshot and module
     share, # (S, M, n): mean shares
@@ -39,7 +35,7 @@ def batch_features(
         u = u_center(k)
         lab.append(torch.cat(labelled_features(k, u, same), -1).half())
         free.append(torch.cat(free_features(k, u, s), -1).half())
-        cka.append(_alignment(g, v))
+        cka.append(alignment(u_center(g), v))
     return dict(lab=torch.stack(lab), free=torch.stack(free), has=has_pair(same), cka=torch.stack(cka))
 
 # %% ../../nbs/08h_pretrain.features.ipynb #0ef16a80
@@ -55,20 +51,10 @@ class RecordedRun:
         self.n_classes = run['n_classes']
         self.targets = torch.tensor(run['targets'])
         with np.load(Path(folder)/f'{name}.npz') as z:
-            upper = torch.from_numpy(z['grams'].astype(np.float32))
+            self.grams = square(z['grams'], len(self))
             self.share = torch.from_numpy(z['shares'].astype(np.float32))
-        self.grams = self._square(upper)
 
     def __len__(self): return len(self.targets)
-
-    def _square(self, upper):
-        "Symmetric matrices from their upper triangles."
-        n = len(self)
-        i,j = np.triu_indices(n)
-        out = torch.zeros(*upper.shape[:-1], n, n)
-        out[...,i,j] = upper
-        out[...,j,i] = upper
-        return out
 
     def features(self, idx):
         "`batch_features` of the images `idx`."
@@ -111,6 +97,7 @@ def tabulate(
 def read_tables(
     folder, # Where `pretrain` wrote
     names, # Names of runs
+    ending:str='pt', # Of the files
 ) -> dict: # Run name -> from `tabulate`
     "The tables that `pretrain` saved."
-    return {n:torch.load(Path(folder)/f'{n}.pt', weights_only=True) for n in names}
+    return {n:torch.load(Path(folder)/f'{n}.{ending}', weights_only=True) for n in names}

@@ -10,13 +10,11 @@ __all__ = ['quality_rows', 'train_quality']
 # %% ../../nbs/08n_pretrain.learn.ipynb #ec74d7b4
 from types import SimpleNamespace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..oracle.quality import QualityFMCENet
-from .fit import level_weights
+from .fit import level_weights, train_net
 from .readings import snapshot_qualities
 
 # %% ../../nbs/08n_pretrain.learn.ipynb #5737bdfe
@@ -42,25 +40,10 @@ def quality_rows(
 
 def _usable(tensors, *names):
     "The rows in which all of these are finite."
-    ok = torch.stack([tensors[n].isfinite().flatten(1).all(1) if tensors[n].ndim > 1 else tensors[n].isfinite() for n in names]).all(0)
+    ok = torch.stack([tensors[n].isfinite().view(len(tensors[n]), -1).all(1) for n in names]).all(0)
     return {n:tensors[n][ok] for n in names}
 
 # %% ../../nbs/08n_pretrain.learn.ipynb #0133feb8
-def _train_net(net, inputs, targets, n_epochs, lr, bs, noise):
-    "AdamW, one cycle, soft cross-entropy. `noise`: of standardised inputs."
-    opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
-    n_batches = max(1, len(targets)//bs)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=n_batches*n_epochs+1)
-    for _ in range(n_epochs):
-        for b in torch.randperm(len(targets)).split(bs)[:n_batches]:
-            x = [v[b] + s*noise*torch.randn_like(v[b]) for v,s in inputs]
-            loss = -(targets[b]*F.log_softmax(net(*x), -1)).sum(-1).mean()
-            opt.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.)
-            opt.step()
-            sched.step()
-
 def _set_statistics(mean, std, x):
     "Fill the buffers; returns the standard deviation."
     mean.copy_(x.mean(0))
@@ -79,24 +62,25 @@ def train_quality(
 ) -> QualityFMCENet: # Frozen
     "Train the nets of a quality oracle on tabulated runs."
     rows = quality_rows(tables, runs, names)
-    settings = dict(n_epochs=n_epochs, lr=lr, bs=bs, noise=noise)
+    settings = dict(n_epochs=n_epochs, lr=lr, bs=bs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         oracle = QualityFMCENet()
-        if 'labelled' in kinds: _train_labelled(oracle, rows, **settings)
-        if 'free' in kinds: _train_free(oracle, rows, **settings)
+        if 'labelled' in kinds: _train_labelled(oracle, rows, noise, **settings)
+        if 'free' in kinds: _train_free(oracle, rows, noise, **settings)
     return oracle.freeze()
 
-def _train_labelled(oracle, rows, **settings):
+def _train_labelled(oracle, rows, noise, **settings):
     net = oracle.labelled
-    scale = _set_statistics(net.mean, net.std, rows.readings)
-    context_scale = _set_statistics(net.context_mean, net.context_std, rows.context)
-    _train_net(net, ((rows.readings, scale), (rows.context, context_scale)),
-               level_weights(rows.label, oracle.n_levels), **settings)
+    scales = (_set_statistics(net.mean, net.std, rows.readings),
+              _set_statistics(net.context_mean, net.context_std, rows.context))
+    train_net(net, (rows.readings, rows.context), level_weights(rows.label, oracle.n_levels),
+              noise=[s*noise for s in scales], **settings)
 
-def _train_free(oracle, rows, **settings):
+def _train_free(oracle, rows, noise, **settings):
     scale = _set_statistics(oracle.free_mean, oracle.free_std, rows.free)
-    _train_net(_FreeNet(oracle), ((rows.free, scale),), level_weights(rows.free_label, oracle.n_levels), **settings)
+    train_net(_FreeNet(oracle), (rows.free,), level_weights(rows.free_label, oracle.n_levels),
+              noise=[scale*noise], **settings)
 
 class _FreeNet(nn.Module):
     "The net for batches without labels, with its standardisation."
