@@ -6,20 +6,18 @@
 EfficientNet-Lite0 with ImageNet weights: stem and blocks 0 to 3 stay as they are, blocks 4 to 6 and the linear head
 are trained. No image is augmented, so the maps of block 3 are computed once. Everything else as in
 `loss_search.py`, whose losses and variants (without MixUp of pixels) it uses. `manifold-mixup` mixes the kept maps."""
-import argparse
 import copy
 import time
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import loss_search
-from loss_search import batch_ids, clipart_dls, HERE, KEYS, setting, summary  # noqa: F401
+from loss_search import Bank, command, HERE
 from fmce_fastai.data.names import get_dls
 from fmce_fastai.data.subsets import stratified_subset
 from fmce_fastai.study.weights import load_efficientnet_lite
@@ -178,27 +176,18 @@ class Part:
 class OnMaps(Part):
     "A loss on features of the last taps, among the images of a bank."
     def __init__(self, fn, alpha, bank='', taps=2, view='means', schedule=None, size=200, weights=None, add=False):
-        self.fn,self.alpha,self.bank,self.taps,self.view,self.schedule,self.size,self.weights,self.add = fn,alpha,bank,taps,view,schedule,size,weights,add
-        self.ids = None
+        self.fn,self.alpha,self.taps,self.view,self.schedule,self.weights,self.add = fn,alpha,taps,view,schedule,weights,add
+        self.bank = Bank(bank, size)
     def read(self, m): return {'means':lambda m: m.mean((2,3)), 'flat':lambda m: m.flatten(1), 'map':lambda m: m}[self.view](m)
     def after(self, s):
         feats = {n:self.read(m) for n,m in list(s.maps.items())[-self.taps:]}
-        ids,joined,targets = self.join(feats, s)
+        joined,targets = self.bank.join(s.ids, feats, s.targets)
         per_tap = torch.stack([self.fn(x, targets, len(s.ids)) for x in joined.values()])
         aux = (per_tap*per_tap.detach()).sum()/per_tap.detach().sum() if self.weights == 'gain' else per_tap.mean()
-        if self.bank: self.keep(ids, joined, targets)
         a = self.alpha
         if self.schedule == 'fall': a = a*.5*(1 + np.cos(np.pi*s.done))
         if self.schedule == 'rise': a = a*.5*(1 - np.cos(np.pi*s.done))
         s.total = (1-a)*s.total + a*aux if not self.add else s.total + a*aux
-    def join(self, feats, s):
-        if self.ids is None: return s.ids, feats, s.targets
-        other = ~torch.isin(self.ids, s.ids) if self.bank == 'bank' else torch.ones(len(self.ids), dtype=torch.bool)
-        joined = {n:torch.cat([x, self.kept[n][other]]) for n,x in feats.items()}
-        return torch.cat([s.ids, self.ids[other]]), joined, loss_search.join_targets(s.targets, self.targets[other])
-    def keep(self, ids, joined, targets):
-        self.ids,self.targets = ids[:self.size],targets[:self.size]
-        self.kept = {n:x.detach()[:self.size] for n,x in joined.items()}
 
 class Oracle(OnMaps):
     "RAL by an oracle."
@@ -275,31 +264,4 @@ def PARTS(part, model):
     if name.startswith('oracle='): return Oracle(name.removeprefix('oracle='), alpha, **options)
     return OnMaps(loss_search.LOSSES[name], alpha, **options)
 
-def read(): return pd.read_csv(PATH) if PATH.exists() else pd.DataFrame(columns=[*KEYS, 'accuracy', 'seconds'])
-
-def report(base='plain'):
-    d = read()
-    print(f'{d.seconds.sum()/3600:.2f} core-hours')
-    print(summary(d).round(2).to_string())
-
-def main(a):
-    torch.set_num_threads(1)
-    first,last = map(int, a.seeds.split('-'))
-    i,n = map(int, a.worker.split('/'))
-    todo = [(v, s, seed) for v in a.variants.split(',') for s in a.settings.split(',') for seed in range(first, last+1)]
-    done = set(map(tuple, read()[KEYS].to_numpy()))
-    for j,(v,s,seed) in enumerate(todo):
-        if j % n != i or (s, v, seed) in done: continue
-        row = screen(v, s, seed)
-        pd.DataFrame([row]).to_csv(PATH, mode='a', header=not PATH.exists(), index=False)
-        if seed == first: print(row, flush=True)
-
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--variants', default='plain')
-    p.add_argument('--settings', default='fashion-5,fashion-20,clipart-5,clipart-10')
-    p.add_argument('--seeds', default='0-9', help='first-last')
-    p.add_argument('--worker', default='0/1', help='i/n: every n-th run, from the i-th on')
-    p.add_argument('--report', action='store_true')
-    a = p.parse_args()
-    report() if a.report else main(a)
+if __name__ == '__main__': command(__doc__, PATH, screen, 'fashion-5,fashion-20,clipart-5,clipart-10', '0-9')

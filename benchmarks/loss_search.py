@@ -31,10 +31,11 @@ from fmce_fastai.data.openclipart import drawing_groups, read_openclipart, split
 from fmce_fastai.data.subsets import stratified_subset
 from fmce_fastai.maps.pool import pool_map
 from fmce_fastai.oracle.base import FMCENet
-from fmce_fastai.oracle.kernels import has_pair, same_class
+from fmce_fastai.oracle.kernels import same_class
 from fmce_fastai.study.learner import build_learner, eval_dl, fit_arm, study_dls
 from fmce_fastai.study.rivals import AddLoss, KeepMaps
 from fmce_fastai.study.settings import Study
+from fmce_fastai.train.identity import batch_indices, loader_order
 from fmce_fastai.train.targets import class_shares, join_targets, mixed_targets
 
 HERE = Path(__file__).resolve().parent
@@ -118,71 +119,66 @@ LOSSES = {'alignment':alignment, 'ridge':ridge, 'ridge.1':partial(ridge, penalty
           'ridge-both':ridge_both, 'ridge-hinge':ridge_hinge, 'ridge-ce':ridge_cross_entropy,
           'ridge-ce.3':partial(ridge_cross_entropy, temperature=.3), 'supcon':supcon}
 
+class Bank:
+    """The newest maps of earlier images. `kind` `bank`: without the images of the batch that joins; `copies`: with
+    them; '': no bank."""
+    def __init__(self, kind, size=200): self.kind,self.size,self.ids = kind,size,None
+
+    def join(self, ids, feats, targets):
+        "The batch, then the bank's images; the bank then keeps the newest of them all."
+        if not self.kind: return feats, targets
+        if self.ids is not None:
+            other = torch.ones(len(self.ids), dtype=torch.bool)
+            if self.kind == 'bank': other = ~torch.isin(self.ids, ids)
+            feats = {n:torch.cat([x, self.kept[n][other]]) for n,x in feats.items()}
+            ids,targets = torch.cat([ids, self.ids[other]]),join_targets(targets, self.targets[other])
+        self.ids,self.targets = ids[:self.size],targets[:self.size]
+        self.kept = {n:x.detach()[:self.size] for n,x in feats.items()}
+        return feats, targets
+
 class OnMaps(AddLoss):
-    "A loss on the channel means of the last taps, among the images of a bank; `bank`: '', 'bank' or 'copies'."
+    "A loss on the channel means of the last taps, among the images of a `Bank`."
     def __init__(self, study, alpha, fn, bank='', taps=2, view='means'):
         super().__init__(study, None, None)
-        self.alpha,self.loss_on,self.bank,self.n_taps,self.view = alpha,fn,bank,taps,view
+        self.alpha,self.loss_on,self.kind,self.n_taps,self.view = alpha,fn,bank,taps,view
 
     def find_taps(self):
         super().find_taps()
         self.counted = self.tap.plan.names[-self.n_taps:]
 
-    def before_fit(self): self.ids = self.kept = self.targets = None
+    def before_fit(self): self.bank = Bank(self.kind)
 
     def after_loss(self):
-        maps = self.tap.take()
+        maps,y = self.tap.take(),mixed_targets(self.learn)
         feats = {n:self.read(maps[n]) for n in self.counted}
-        y = mixed_targets(self.learn)
-        ids,joined,targets = self.join(feats, y)
-        aux = torch.stack([self.loss_on(x, targets, len(y)) for x in joined.values()]).mean()
-        if self.bank: self.keep(ids, joined, targets)
+        joined,targets = self.bank.join(batch_ids(self.learn), feats, y)
         alpha = self.alpha(self.pct_train) if callable(self.alpha) else self.alpha
-        self.learn.loss_grad = (1-alpha)*self.learn.loss_grad + alpha*aux
+        self.learn.loss_grad = (1-alpha)*self.learn.loss_grad + alpha*self.of_all(joined, targets, len(y))
 
     def read(self, m): return m.float().mean((2,3)) if self.view == 'means' else pool_map(m.float()).flatten(1)
 
-    def join(self, feats, y):
-        "The batch, then the bank's images that are not copies of its images."
-        ids = batch_ids(self.learn)
-        if self.ids is None: return ids, feats, y
-        other = ~torch.isin(self.ids, ids) if self.bank == 'bank' else torch.ones(len(self.ids), dtype=torch.bool)
-        joined = {n:torch.cat([x, self.kept[n][other]]) for n,x in feats.items()}
-        return torch.cat([ids, self.ids[other]]), joined, join_targets(y, self.targets[other])
-
-    def keep(self, ids, joined, targets, size=200):
-        self.ids,self.targets = ids[:size],targets[:size]
-        self.kept = {n:x.detach()[:size] for n,x in joined.items()}
+    def of_all(self, joined, targets, n):
+        return torch.stack([self.loss_on(x, targets, n) for x in joined.values()]).mean()
 
 def batch_ids(learn):
     "The batch's images, as positions in the training set."
-    dl,n = learn.dls.train,len(learn.yb[0])
-    idxs = dl._DataLoader__idxs[learn.iter*dl.bs:(learn.iter+1)*dl.bs]
-    assert len(idxs) == n
-    return torch.tensor(list(idxs))
+    dl = learn.dls.train
+    return batch_indices(loader_order(dl), learn.iter, dl.bs, len(learn.yb[0]))
 
 class Oracle(OnMaps):
     "RAL by an oracle: -log p(top level), or 1 - FMCS, of the batch's images."
     def __init__(self, study, alpha, path=ORACLE, kind='nll', bank=''):
         super().__init__(study, alpha, None, bank)
-        self.oracle,self.kind = FMCENet.load(path),kind
+        self.oracle,self.nll = FMCENet.load(path),kind == 'nll'
     def read(self, m): return pool_map(m.float())
     def find_taps(self):
         super().find_taps()
         self.oracle = self.oracle.on(self.tap.plan.subset(self.counted))
-    def after_loss(self):
-        maps = self.tap.take()
-        feats = {n:self.read(maps[n]) for n in self.counted}
-        y = mixed_targets(self.learn)
-        ids,joined,targets = self.join(feats, y)
+    def of_all(self, joined, targets, n):
         s = self.oracle(joined, targets)
-        n = len(y)
-        loss = -s.logits.log_softmax(-1)[:n,:,-1] if self.kind == 'nll' else 1 - s.fmcs[:n]
+        loss = -s.logits.log_softmax(-1)[:n,:,-1] if self.nll else 1 - s.fmcs[:n]
         ok = s.valid[:n]
-        aux = ((loss*ok).sum(0)/ok.sum(0).clamp(min=1)).mean()
-        if self.bank: self.keep(ids, joined, targets)
-        alpha = self.alpha(self.pct_train) if callable(self.alpha) else self.alpha
-        self.learn.loss_grad = (1-alpha)*self.learn.loss_grad + alpha*aux
+        return ((loss*ok).sum(0)/ok.sum(0).clamp(min=1)).mean()
 
 class KeepSimilarities(AddLoss):
     "1 - CKA between the maps' similarities and those of the start weights, with a weight of its own."
@@ -230,7 +226,7 @@ def run(name, setting_name, seed):
                 seconds=round(time.time()-start, 1), torch=torch.__version__)
 
 KEYS = ['setting', 'variant', 'seed']
-def read(): return pd.read_csv(PATH) if PATH.exists() else pd.DataFrame(columns=[*KEYS, 'accuracy', 'seconds'])
+def read(path): return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*KEYS, 'accuracy', 'seconds'])
 
 def summary(d):
     "Mean difference to plain per variant and setting, in points, and over all with its standard error."
@@ -242,30 +238,33 @@ def summary(d):
     table['runs'] = diff.count(axis=1)
     return table.sort_values('all', ascending=False)
 
-def report():
-    d = read()
+def report(path):
+    d = read(path)
     print(f'{d.seconds.sum()/3600:.2f} core-hours')
     print(summary(d).round(2).to_string())
 
-def main(a):
-    warnings.filterwarnings('ignore')
+def run_missing(path, run, a):
+    "Run and write what the table lacks: `run(variant, setting, seed)` makes a row."
     torch.set_num_threads(1)
     first,last = map(int, a.seeds.split('-'))
     i,n = map(int, a.worker.split('/'))
-    todo = [(v, s, seed) for v in a.variants.split(',') for seed in range(first, last+1) for s in a.settings.split(',')]
+    todo = [(v, s, seed) for v in a.variants.split(',') for s in a.settings.split(',') for seed in range(first, last+1)]
     for j,(v,s,seed) in enumerate(todo):
-        there = read()
-        if j % n != i or ((there.setting == s) & (there.variant == v) & (there.seed == seed)).any(): continue
+        if j % n != i or (s, v, seed) in set(map(tuple, read(path)[KEYS].to_numpy())): continue
         row = run(v, s, seed)
-        pd.DataFrame([row]).to_csv(PATH, mode='a', header=not PATH.exists(), index=False)
+        pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
         print(row, flush=True)
 
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(doc, path, run, settings, seeds):
+    "The command line of a search."
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--variants', default='plain')
-    p.add_argument('--settings', default='fashion-5,clipart-10')
-    p.add_argument('--seeds', default='100-102', help='first-last')
+    p.add_argument('--settings', default=settings)
+    p.add_argument('--seeds', default=seeds, help='first-last')
     p.add_argument('--worker', default='0/1', help='i/n: every n-th run, from the i-th on')
     p.add_argument('--report', action='store_true')
     a = p.parse_args()
-    report() if a.report else main(a)
+    warnings.filterwarnings('ignore')
+    report(path) if a.report else run_missing(path, run, a)
+
+if __name__ == '__main__': command(__doc__, PATH, run, 'fashion-5,clipart-10', '100-102')
