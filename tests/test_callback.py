@@ -663,6 +663,18 @@ def test_ctrl_c_at_any_line_of_ours(arch, kind):
         assert all(p.isfinite().all() for p in learn.model.parameters()) and not any(p.requires_grad for p in learn.fmce.oracle.parameters()), ctrl_c.where
 
 
+def test_ctrl_c_at_every_line_of_a_read_forward_leaves_no_hook():
+    model = tensor_learner().model
+    tap, x = FeatureTap(tap_plan(model, size=16)), torch.randn(2, 3, 16, 16)
+    for at in range(1, 1000):
+        ctrl_c = Interrupt(at)
+        try:
+            with ctrl_c, tap.on(model): model(x)
+        except KeyboardInterrupt: pass
+        assert hook_count(model) == 0, ctrl_c.where
+        if ctrl_c.where is None: break
+    assert 50 < ctrl_c.lines == at - 1
+
 def test_a_copy_of_a_network_with_hooks_that_ctrl_c_left_heals_itself():
     "By `copy.deepcopy`, as averaging callbacks do it, or by a pickle of the network alone: its first forward takes them away."
     model = tensor_learner().model

@@ -163,11 +163,17 @@ class FeatureTap:
         def begin(module, args, kwargs):
             # hooks that `arm` registers on `module` now come too late for the start of this forward
             return self.arm(module)._begin(module, args, kwargs)
-        hook = model.register_forward_pre_hook(begin, with_kwargs=True)
-        try: yield self
-        finally:
-            hook.remove()
+        hooks = []
+        def remove():
+            while hooks: hooks.pop().remove()
             self.remove_hooks()
+        try:
+            hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+            yield self
+        finally:
+            # Ctrl-C may end one removal, not two
+            try: remove()
+            finally: remove()
 
     def __getstate__(self):
         # The handles are kept: through them a copy removes the hooks that were copied with the network
