@@ -196,8 +196,8 @@ class Oracle(OnMaps):
         oracle = loss_search.FMCENet.load(path)
         depths = {'blocks.4':.72, 'blocks.6':1.}
         def score(x, targets, n, name):
-            s = oracle.score_map(loss_search.pool_map(x), loss_search.same_class(targets), depths[name])
-            logits,valid = s
+            labels = loss_search.same_class(targets) if oracle.kind == 'universal' else targets
+            logits,valid = oracle.score_map(loss_search.pool_map(x), labels, depths[name])
             loss = -logits.log_softmax(-1)[:n,-1] if kind == 'nll' else 1 - (logits.softmax(-1) @ oracle.levels)[:n]
             return (loss*valid[:n]).sum()/valid[:n].sum().clamp(min=1)
         self.score = score
@@ -260,7 +260,8 @@ def PARTS(part, model):
     for end,value in (('-add', dict(add=True)), ('-fall', dict(schedule='fall')), ('-rise', dict(schedule='rise')), ('-gain', dict(weights='gain')), ('-flat', dict(view='flat')),
                       ('-taps1', dict(taps=1)), ('-taps3', dict(taps=3)), ('-bank', dict(bank='bank')), ('-copies', dict(bank='copies')), ('-long', dict(size=2000))):
         if name.endswith(end): name,options = name.removesuffix(end),{**options, **value}
-    if name in ('ral', 'ral-gap'): return Oracle(loss_search.ORACLE, alpha, 'gap' if 'gap' in name else 'nll', **options)
+    if name.removesuffix('-gap') in loss_search.ORACLES:
+        return Oracle(loss_search.ORACLES[name.removesuffix('-gap')], alpha, 'gap' if 'gap' in name else 'nll', **options)
     if name.startswith('oracle='): return Oracle(name.removeprefix('oracle='), alpha, **options)
     return OnMaps(loss_search.LOSSES[name], alpha, **options)
 

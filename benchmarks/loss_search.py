@@ -40,7 +40,8 @@ from fmce_fastai.train.targets import class_shares, join_targets, mixed_targets
 
 HERE = Path(__file__).resolve().parent
 PATH = HERE/f"loss_search_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
-ORACLE = HERE/'oracles'/'universal_without_fashion.safetensors'
+ORACLES = dict(ral=HERE/'oracles'/'universal_without_fashion.safetensors',
+               quality=HERE/'oracles'/'quality_without_fashion_and_clipart.safetensors')
 COMMON = dict(arms=('plain', 'ral-universal'), bs=25, arch='tf_efficientnet_lite0', weights='efficientnet-lite0',
               lrs=(3e-3,), body_lr=.3, freeze_norm=True, channels_last=True, head='linear')
 EPOCHS = {5:50, 10:35, 20:20}
@@ -167,7 +168,7 @@ def batch_ids(learn):
 
 class Oracle(OnMaps):
     "RAL by an oracle: -log p(top level), or 1 - FMCS, of the batch's images."
-    def __init__(self, study, alpha, path=ORACLE, kind='nll', bank=''):
+    def __init__(self, study, alpha, path=ORACLES['ral'], kind='nll', bank=''):
         super().__init__(study, alpha, None, bank)
         self.oracle,self.nll = FMCENet.load(path),kind == 'nll'
     def read(self, m): return pool_map(m.float())
@@ -207,7 +208,8 @@ def variant(part, study):
                       ('-taps4', dict(taps=4)), ('-bank', dict(bank='bank')), ('-copies', dict(bank='copies'))):
         if name.endswith(end): name,options = name.removesuffix(end),{**options, **value}
     alpha = options.pop('alpha', alpha)
-    if name in ('ral', 'ral-gap'): return [Oracle(study, alpha, kind='gap' if 'gap' in name else 'nll', **options)]
+    if (oracle := name.removesuffix('-gap')) in ORACLES:
+        return [Oracle(study, alpha, ORACLES[oracle], 'gap' if 'gap' in name else 'nll', **options)]
     if name.startswith('oracle='): return [Oracle(study, alpha, name.removeprefix('oracle='), **options)]
     return [OnMaps(study, alpha, LOSSES[name], **options)]
 

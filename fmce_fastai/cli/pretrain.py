@@ -29,12 +29,12 @@ def fmce_pretrain(
     leave_out:str='', # A source that the oracle is not to see: fashion, digits, textures, shapes, glyphs or clipart
     archs:str=None, # Only these networks, separated by commas (default: all)
 ):
-    "Make the universal oracle: train and read many small networks, then train the oracle on them"
+    "Make the universal and the quality oracle: train and read many small networks, then train on what was read"
     def run():
         from fmce_fastai.pretrain.tasks import SOURCES
         from fmce_fastai.pretrain.make import pretrain
         if leave_out and leave_out not in SOURCES:
             raise CommandError(f"--leave-out is {leave_out!r}; sources are {', '.join(SOURCES)}.")
-        oracle = pretrain(out, _network_names(archs), root, seed, jobs, leave_out)
-        print(f"{oracle}, trained on {oracle.card['data']['runs']} runs, in {out}")
+        for oracle in pretrain(out, _network_names(archs), root, seed, jobs, leave_out):
+            print(f"{oracle}, trained on {oracle.card['data']['runs']} runs, in {out}")
     run_command('fmce_pretrain', run, ['root', 'jobs', 'leave_out', 'archs'])

@@ -32,13 +32,16 @@ class BatchFMCENet(FMCENet):
     ):
         super().__init__(plan, n_levels)
         self.min_batch = min_batch
+        self.held_out = False
 
     def on(self,
         plan:TapPlan, # The tapped modules of a network
+        held_out:bool=False, # True: the images to score were not trained on, for kinds to which it matters
     ):
         "This oracle for the maps of `plan`; the weights are shared."
         bound = copy.copy(self)
         bound.plan = plan
+        bound.held_out = held_out
         return bound
 
     def check_maps(self, maps):

@@ -120,6 +120,7 @@ class QualityFMCENet(LearntFMCENet):
     another class. `on(plan, held_out=True)` tells it that the images it scores are held out."""
     kind = 'quality'
     title = 'the quality oracle'
+    shipped = 'quality.safetensors'
     leaves_out_copies = True
 
     def __init__(self,
@@ -130,17 +131,8 @@ class QualityFMCENet(LearntFMCENet):
         plan:TapPlan|None=None, # The taps that the maps come from, for the modules' depths
     ):
         super().__init__(plan, n_levels, width, free_width, min_batch)
-        self.held_out = False
         self.labelled = QualityNet(1, N_CONTEXT, n_levels, width)
         self.add_free_net(N_FREE + N_CONTEXT)
-
-    def on(self,
-        plan:TapPlan, # The tapped modules of a network
-        held_out:bool=False, # True: the images to score were not trained on
-    ):
-        bound = super().on(plan)
-        bound.held_out = held_out
-        return bound
 
     def score_clean(self, maps, finite, targets):
         if targets is not None: targets = targets.to(self.levels.device)

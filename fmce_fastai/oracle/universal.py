@@ -93,6 +93,7 @@ class UniversalFMCENet(LearntFMCENet):
     that ships with the package."""
     kind = 'universal'
     title = 'the universal oracle'
+    shipped = 'universal.safetensors'
 
     def __init__(self,
         n_levels:int=11, # K, score levels

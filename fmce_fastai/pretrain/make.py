@@ -18,7 +18,6 @@ import torch
 from .. import __version__
 from ..util.files import atomic_write
 from ..util.processes import run_in_processes
-from ..oracle.universal import UniversalFMCENet
 from .tasks import SOURCES
 from .networks import ARCHS
 from .runs import make_runs
@@ -26,6 +25,8 @@ from .record import record_run
 from .labels import read_runs
 from .features import read_tables, tabulate
 from .fit import train_universal
+from .learn import train_quality
+from .readings import read_readings, write_readings
 from .judge import groups_of
 
 # %% ../../nbs/08k_pretrain.make.ipynb #beb7cbd7
@@ -57,9 +58,11 @@ def seen_by(
 
 # %% ../../nbs/08k_pretrain.make.ipynb #30379471
 def _tabulate_to(folder, name):
-    "Write the table of a run to `<name>.pt`."
-    folder = Path(folder)
-    with atomic_write(folder/f'{name}.pt') as part: torch.save(tabulate(folder, name), part)
+    "Write what the two oracles read of a run: `<name>.pt` and `<name>.readings.pt`, those that are missing."
+    write_readings(folder, name)
+    path = Path(folder)/f'{name}.pt'
+    if path.exists(): return
+    with atomic_write(path) as part: torch.save(tabulate(folder, name), part)
 
 def _try_record(run, out):
     "Record a run; an error is written to `failed/<name>.txt`, so that the other runs go on."
@@ -96,7 +99,8 @@ def record_all(
 def _tabulate_missing(out, jobs, bar):
     "Tabulate what is missing in `out`; returns all runs recorded there."
     recorded = read_runs(out)
-    todo = [(str(out), n) for n in recorded if not (out/f'{n}.pt').exists()]
+    ends = '.pt','.readings.pt'
+    todo = [(str(out), n) for n in recorded if not all((out/f'{n}{e}').exists() for e in ends)]
     run_in_processes(_tabulate_to, jobs, todo, 'features', bar, threads=1)
     return recorded
 
@@ -109,8 +113,8 @@ def pretrain(
     leave_out:str='', # A source of images that the oracle is not to see
     bar:bool=True, # Show progress
     **common, # Settings of every `Run`
-) -> UniversalFMCENet: # Frozen; also saved in `out`
-    "Record every run that is missing, tabulate it, train a universal oracle and save it to `out`."
+) -> tuple: # `UniversalFMCENet`, `QualityFMCENet`; frozen; also saved in `out`
+    "Record every run that is missing, tabulate it, train the universal and the quality oracle, save them to `out`."
     out = Path(out)
     jobs = jobs or os.cpu_count() or 1
     record_all(out, jobs, archs, seed, root, bar, **common)
@@ -119,9 +123,11 @@ def pretrain(
     if not seen:
         sources = ', '.join(SOURCES)
         raise ValueError(f"leave_out={leave_out!r} leaves no run to train on; sources are {sources}.")
-    oracle = train_universal(read_tables(out, seen), runs, list(seen), seed)
+    oracles = (train_universal(read_tables(out, seen), runs, list(seen), seed),
+               train_quality(read_readings(out, seen), runs, list(seen), seed))
     how = dict(seed=seed, version=__version__, torch=torch.__version__)
-    oracle.card = dict(data=seen_by(seen), fit=how)
-    name = f'universal_without_{leave_out}' if leave_out else 'universal'
-    oracle.save(out/f'{name}.safetensors')
-    return oracle
+    for oracle in oracles:
+        oracle.card = dict(data=seen_by(seen), fit=how)
+        name = f'{oracle.kind}_without_{leave_out}' if leave_out else oracle.kind
+        oracle.save(out/f'{name}.safetensors')
+    return oracles

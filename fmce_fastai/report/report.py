@@ -37,13 +37,14 @@ def fmce_report(
     learn_or_model, # A Learner, or a network
     dl=None, # A fastai or torch DataLoader with the images; default: the Learner's validation images
     n_images:int=256, # Number of images, sampled at random: one batch for the oracle
-    oracle:FMCENet|None=None, # An oracle, its file, name on the Hub, or 'ridge'; default: the universal one
+    oracle='ridge', # An `FMCENet`, its file, name on the Hub, or 'ridge', 'quality' or 'universal'
     taps=None, # Names, wildcards or modules; default: the last map per resolution
     labels:bool=True, # Use the loader's class labels, if it has any
     seed:int=0, # For the sample of images and the shuffling
     control:int=0, # Shufflings of each stage's weights, for `learnt`; 0: no control
     new_networks:int=2, # Newly initialised networks beside which the probe is read
     fresh=None, # A function that makes a new network of the same kind; default: found from the network
+    held_out:bool|None=None, # Images the network was not trained on? Default: all but the Learner's training images
     bar:bool=True, # Progress bar of the control
 ) -> FMCEReport:
     """What a network's modules have learnt, in eval mode, of a network as it is.
@@ -53,19 +54,20 @@ def fmce_report(
 
     `learnt` is a control of the scores: FMCS of a module's map minus that of the same map after the
     entries of the stage's own weight tensors were shuffled, both with batch statistics. It takes
-    `control` passes over the images per module, and needs class labels and the universal or ridge oracle. A stage
+    `control` passes over the images per module, and needs class labels and an oracle for any network. A stage
     whose score is below `HIGH` (0.7) and falls by less than `LEAST_LEARNT` (0.03) looks untrained, or is
     of no use for these classes.
 
     Raises `TypeError` if the first argument is not a Learner or network, or `dl` not a loader;
     `ValueError` without images or with too few; `TapError` if no maps can be read."""
     model,dl = _model_and_loader(learn_or_model, dl)
-    oracle = FMCENet.universal() if oracle is None else as_oracle(oracle)
+    oracle = as_oracle('ridge' if oracle is None else oracle)
+    if held_out is None: held_out = not _trained_on(learn_or_model, dl)
     items = _sample_items(dl, n_images, oracle, seed)
     xs,targets = _read_images(dl, items, labels)
     weights = weight_report(model, fresh)
     seeds = [(seed, i) for i in range(control)]
-    facts = _look(model, xs, targets, oracle, taps, seeds, new_networks, fresh, bar)
+    facts = _look(model, xs, targets, oracle, held_out, taps, seeds, new_networks, fresh, bar)
     table = _table_of(facts, stage_verdicts(weights, facts.stages))
     measured = targets is not None or not needs_labels(oracle)
     scores = facts.scores
@@ -105,6 +107,11 @@ def _model_and_loader(learn_or_model, dl):
         raise TypeError(f"dl is a {type(dl).__name__}; give a fastai or torch DataLoader, "
                         "whose data set can be read by index.")
     return unwrap(learn_or_model if is_model else learn_or_model.model),dl
+
+def _trained_on(learn_or_model, dl):
+    "True for the Learner's own training images."
+    dls = getattr(learn_or_model, 'dls', None)
+    return dls is not None and dl.dataset is dls.train.dataset
 
 def _sample_items(dl, n_images, oracle, seed):
     "Indices of the images to score, sorted."
@@ -148,13 +155,13 @@ class ModuleFacts(NamedTuple):
     learnt:np.ndarray    # (M,) NaN where there is no control
     probe:pd.DataFrame   # A row per module, from `probe_table`
 
-def _look(model, xs, targets, oracle, taps, seeds, n_new, fresh, bar):
+def _look(model, xs, targets, oracle, held_out, taps, seeds, n_new, fresh, bar):
     "`ModuleFacts` of the network."
     device = next(model.parameters()).device
     with undisturbed(model):
         model.eval()
         plan = oracle.plan or tap_plan(model, taps, x=network_inputs(model, first_rows(xs[0]), device))
-        scorer = oracle.cpu() if oracle.plan is not None else oracle.cpu().on(plan)
+        scorer = oracle.cpu() if oracle.plan is not None else oracle.cpu().on(plan, held_out)
         maps,stages = image_maps(model, plan, xs, device),stage_params(model, plan)
         probe = _probe(model, plan, xs, maps, targets, stages, n_new, fresh)
         learnt = np.full(len(plan), np.nan)
