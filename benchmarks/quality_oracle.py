@@ -7,7 +7,8 @@
 One row per way of leaving out, mode of the images (`eval` and `train`: training images; `held`: held-out ones), number
 of images and score: see `SCORES` in `fmce_fastai.pretrain.agreement`. Spearman's rho with the quality: between the
 modules of a network at one moment, of one module over training, pooled; `mae`: mean error of the quality. `..._ahead`:
-how far ahead of the better one of left-out error and alignment, with a 95 % bootstrap interval over runs."""
+how far ahead of the better one of left-out error and alignment, with a 95 % bootstrap interval over runs. A second
+CSV holds the mean quality where the score has a certain value (`calibration`)."""
 import argparse
 import warnings
 from pathlib import Path
@@ -15,24 +16,29 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fmce_fastai.pretrain.agreement import agreement, left_out_frame
+from fmce_fastai.pretrain.agreement import agreement, calibration, left_out_frame
 from fmce_fastai.pretrain.labels import read_runs
 from fmce_fastai.pretrain.readings import read_readings, write_readings
 
 HERE = Path(__file__).resolve().parent
-PATH = HERE/f"quality_oracle_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
+VERSION = f"cpu_float32_torch{torch.__version__.split('+')[0]}"
+PATH = HERE/f'quality_oracle_{VERSION}.csv'
+CALIBRATION = HERE/f'calibration_of_quality_{VERSION}.csv'
 
 def main(folder, only_read):
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
     runs = {n:r for n,r in read_runs(folder).items() if not only_read or (Path(folder)/f'{n}.readings.pt').exists()}
     for n in runs: write_readings(folder, n)
-    tables,parts = read_readings(folder, runs),[]
+    tables,parts,bins = read_readings(folder, runs),[],[]
     for by in ('family', 'source'):
         d = left_out_frame(tables, runs, by)
         parts.append(agreement(d).assign(left_out=by, families=len({r['family'] for r in runs.values()}), torch=torch.__version__))
+        bins.append(calibration(d).assign(left_out=by, torch=torch.__version__))
         print(parts[-1].drop(columns=['torch', 'families']).round(3).to_string(), flush=True)
-    if not only_read: pd.concat(parts).round(4).to_csv(PATH, index=False)
+    if only_read: return
+    pd.concat(parts).round(4).to_csv(PATH, index=False)
+    pd.concat(bins).round(4).to_csv(CALIBRATION, index=False)
 
 def report(): print(pd.read_csv(PATH).drop(columns='torch').round(2).to_string(index=False))
 

@@ -15,12 +15,13 @@ from fmce_fastai.maps.find import tap_plan
 from fmce_fastai.maps.head import image_size_kwargs, timm_head
 from fmce_fastai.maps.plan import Tap, TapError, TapPlan
 from fmce_fastai.maps.tap import FeatureTap
-from fmce_fastai.oracle.base import FMCENet, OracleError, Scores
+from fmce_fastai.oracle.base import as_oracle, FMCENet, OracleError, Scores
 from fmce_fastai.oracle.dataset import DatasetError, FMCSDataset
 from fmce_fastai.oracle.files import OracleFileError
 from fmce_fastai.oracle.fit import fit_oracle
 from fmce_fastai.oracle.fitted import FittedFMCENet
 from fmce_fastai.oracle.judge import judge_oracle, score_dataset
+from fmce_fastai.oracle.quality import QualityFMCENet
 from fmce_fastai.oracle.ridge import RidgeFMCENet
 from fmce_fastai.oracle.universal import UniversalFMCENet
 from fmce_fastai.report.cam import CamError, cam_plan, grad_cam

@@ -24,7 +24,9 @@ WHAT = dict(
     universal="It scores feature maps of any network: by how similar the images of a batch are to each "
               "other, within and across classes.",
     ridge="It has no weights and scores feature maps of any network: by leave-one-out ridge regression, from "
-          "the channel means of a batch's other images to an image's class.")
+          "the channel means of a batch's other images to an image's class.",
+    quality="It scores feature maps of any network: it predicts what a linear probe on the map would reach on "
+            "images that the network has not seen, from 0 (chance) to 1 (the best known on the task).")
 
 USE = dict(
     fitted="""# learn: your fastai Learner with the network that this oracle was fitted to, and its weights
@@ -35,6 +37,7 @@ learn.fit_one_cycle(4, 3e-4)""",
 fmce_report(learn, oracle=oracle)                      # how converged is each module, on validation images?
 learn.add_cb(FMCECallback(alpha=0.9, oracle=oracle))   # train with the Representation Auxiliary Loss
 learn.fit_one_cycle(4, 3e-3)""")
+USE['quality'] = USE['universal']
 USE['ridge'] = USE['universal'].replace('oracle=oracle)   # train', "oracle='ridge')   # train")
 
 LIMITS = dict(
@@ -54,7 +57,14 @@ LIMITS = dict(
     ridge=[
         "Without class labels there are no scores.",
         "It reads a whole batch: an image's score depends on the other images in the batch, and on how many.",
-        "On images that the network was trained on it cannot tell memorised from learnt."])
+        "On images that the network was trained on it cannot tell memorised from learnt."],
+    quality=[
+        "A score is what can be read from a map, not what training has added: maps of a new network score "
+        "above 0 wherever random features help.",
+        "Without class labels the scores say little.",
+        "It reads a whole batch: an image's score depends on the other images in the batch.",
+        "Bind it with `on(plan, held_out=True)` for images that the network was not trained on.",
+        "The table above lists what it has never seen, as far as its author recorded it."])
 
 # %% ../../nbs/09a_hub.card.ipynb #d2b38fde
 def markdown_table(
@@ -73,7 +83,7 @@ def accuracy_section(
     "How accurate the oracle is: the measured figures, or where to find or get them."
     if rows := card_scores(card): return f"{_EXPLAIN_SCORES}\n\n{markdown_table(rows)}"
     if card.get('scores'): return f"```json\n{json.dumps(card['scores'], indent=1)}\n```"
-    return {'universal':_NO_SCORES_UNIVERSAL, 'ridge':_NO_SCORES_RIDGE}.get(card.get('kind'), _NO_SCORES)
+    return _NO_SCORES_OF.get(card.get('kind'), _NO_SCORES)
 
 _EXPLAIN_SCORES = (
     "On images held out from the fitting. MAE: mean absolute error over images and snapshots; rho: rank "
@@ -89,6 +99,12 @@ _NO_SCORES_UNIVERSAL = (
     "fmce_fastai, on networks, images and tasks that it was not trained on, are on "
     f"[the package's page]({DOCS}/pretrain.judge.html). To find out whether this is that oracle, compare the checksum "
     "below with `FMCENet.universal().card['sha256']`.")
+_NO_SCORES_QUALITY = (
+    "The card of this oracle holds no measured figures. Figures of the quality oracle that ships with "
+    "fmce_fastai, on networks and images that it was not trained on, are on "
+    f"[the package's page]({DOCS}/oracle.quality.html). To find out whether this is that oracle, compare the checksum "
+    "below with `as_oracle('quality').card['sha256']`.")
+_NO_SCORES_OF = dict(universal=_NO_SCORES_UNIVERSAL, ridge=_NO_SCORES_RIDGE, quality=_NO_SCORES_QUALITY)
 
 def limits_section(
     card:dict, # An oracle's card
