@@ -132,7 +132,7 @@ def as_map(x):
 def screen(name, setting_name, seed):
     "Train one variant; a row of the table."
     data,_,a_class = setting_name.partition('-')
-    start,a_class = time.time(),int(a_class)
+    start,a_class = time.process_time(),int(a_class)
     x,y,groups,train = kept(data)
     pool = np.flatnonzero(train)
     n_classes = int(y.max())+1
@@ -165,7 +165,7 @@ def screen(name, setting_name, seed):
         p = torch.cat([final(b).log_softmax(1) for b in x[held].split(250)])
     t = y[held]
     return dict(setting=setting_name, variant=name, seed=seed, accuracy=round(float((p.argmax(1) == t).float().mean()), 5),
-                images=len(t), loss=round(float(F.nll_loss(p, t)), 5), seconds=round(time.time()-start, 1), torch=torch.__version__)
+                images=len(t), loss=round(float(F.nll_loss(p, t)), 5), seconds=round(time.process_time()-start, 1), torch=torch.__version__)
 
 class Part:
     "Part of a variant: acts before the forward, on the loss, after the step."
