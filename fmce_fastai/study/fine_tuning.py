@@ -8,10 +8,10 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/study.fine_tuning.html.md"""
 __all__ = ['body_and_head', 'LPFT', 'l2_sp_penalty', 'weight_matrices', 'L2SP', 'bss_penalty', 'last_linear', 'BSS', 'SupConHead',
            'EMA']
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #cc2ba275
+# %% ../../nbs/07w_study.fine_tuning.ipynb #4faf4e71
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.hook import HookCallback
+from fastai.callback.hook import Hook
 from fastai.callback.schedule import ParamScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -20,7 +20,7 @@ from .rivals import AddLoss, contrastive_loss, last_means
 from ..train.callback import FMCECallback
 from ..train.targets import mixed_targets
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #3a8f1299
+# %% ../../nbs/07w_study.fine_tuning.ipynb #b36b2c21
 def body_and_head(
     model:nn.Module, # As `vision_learner` builds it
 ) -> tuple: # (body, head)
@@ -73,7 +73,7 @@ class LPFT(Callback):
         self.modes = {}  # validation has put all layers in eval mode
         self.free()
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #1eddba25
+# %% ../../nbs/07w_study.fine_tuning.ipynb #5552bde1
 def l2_sp_penalty(
     pairs:list, # (weight, its start value) of the body
     head:list, # Weights of the head
@@ -103,17 +103,17 @@ class L2SP(Callback):
     def before_fit(self):
         body,head = body_and_head(self.model)
         self.pairs = [(w, w.detach().clone()) for w in weight_matrices(body)]
-        self.head = weight_matrices(head)
-        self.wd = [h['wd'] for h in self.opt.hypers]
+        self.head_weights = weight_matrices(head)
+        self.decays = [h['wd'] for h in self.opt.hypers]  # of the optimiser
         self.opt.set_hyper('wd', 0.)
 
     def after_loss(self):
-        penalty = l2_sp_penalty(self.pairs, self.head, self.beta, self.beta_head)
+        penalty = l2_sp_penalty(self.pairs, self.head_weights, self.beta, self.beta_head)
         self.learn.loss_grad = self.learn.loss_grad + penalty
 
-    def after_fit(self): self.opt.set_hyper('wd', self.wd)
+    def after_fit(self): self.opt.set_hyper('wd', self.decays)
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #1f395d11
+# %% ../../nbs/07w_study.fine_tuning.ipynb #da8c666c
 def bss_penalty(
     features:torch.Tensor, # (B, C)
     k:int=1, # How many singular values are penalised
@@ -129,7 +129,7 @@ def last_linear(
     if found: return found[-1]
     raise ValueError(f"The {type(model).__name__} has no nn.Linear, so BSS finds no features before its last one.")
 
-class BSS(HookCallback):
+class BSS(Callback):
     "Adds batch spectral shrinkage (Chen et al. 2019) of the last linear layer's input to the loss."
     order,run_valid = L2SP.order,False
 
@@ -137,24 +137,31 @@ class BSS(HookCallback):
         eta:float=.001, # Of the penalty
         k:int=1, # How many singular values are penalised
     ):
-        super().__init__(detach=False, cpu=False)
         self.eta,self.k = eta,k
+        self.reader = None  # fastai's `Hook`, within a forward pass
 
-    def before_fit(self):
-        self.modules = [last_linear(self.model)]
-        super().before_fit()
+    def before_fit(self): self.last = last_linear(self.model)
 
-    def hook(self, module, inputs, output): return inputs[0]
+    def before_batch(self):
+        self.stop_reading()
+        self.reader = Hook(self.last, lambda module, inputs, output: inputs[0], detach=False)
 
     def after_loss(self):
-        read, = self.hooks
-        features,read.stored = read.stored,None  # the graph goes with the step
+        features = self.reader.stored
+        self.stop_reading()
         if features.ndim != 2:
             raise ValueError(f"The last linear layer gets features of shape {tuple(features.shape)}; "
                              "BSS needs (images, features).")
         self.learn.loss_grad = self.learn.loss_grad + self.eta*bss_penalty(features, self.k)
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #e5b06a5f
+    def after_cancel_batch(self): self.stop_reading()
+
+    def stop_reading(self):
+        "Remove the hook, and let go of what it read."
+        if self.reader is not None: self.reader.remove()
+        self.reader = None
+
+# %% ../../nbs/07w_study.fine_tuning.ipynb #311cb2cc
 class SupConHead(AddLoss):
     "Adds the supervised contrastive loss (arXiv:2004.11362) of the last map behind a projection head."
     def __init__(self,
@@ -194,7 +201,7 @@ class SupConHead(AddLoss):
         self.opt.param_lists[-1] = self.network_params
         for p in self.projection.parameters(): self.opt.state.pop(p, None)
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #a6691f8f
+# %% ../../nbs/07w_study.fine_tuning.ipynb #134553d8
 class EMA(Callback):
     "Judges the network with an exponential moving average of its weights and buffers."
     order = -.5  # `ModelEmaV3` copies the network: on its device and in its memory format, without any hook
