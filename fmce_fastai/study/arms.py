@@ -108,7 +108,7 @@ ARMS = {
 
 NO_ALPHA = {'plain', 'keep-maps', 'label-smoothing', 'mixup', 'cutmix'}
 
-# Arms whose strength has another scale than RAL's alpha: the usual strength, then others to try, in order
+# Arms whose strength has another scale than RAL's alpha: the usual strength, then others to try
 OWN_ALPHAS = {
     'lp-ft':(.33, .5, .2, .67, .1, .8),
     'l2-sp':(.1, .01, 1., .001, .03, .3),
@@ -157,10 +157,11 @@ def _shared_alphas(arm):
 def _check_together(arm, names):
     "Raise `StudyError` for arms that cannot be joined."
     for n in names:
-        if names.count(n) > 1: raise StudyError(f"Arm {arm!r} has {n} {names.count(n)} times; join it once.")
+        if (times := names.count(n)) > 1: raise StudyError(f"Arm {arm!r} has {n} {times} times; join it once.")
     for group,reason in NOT_TOGETHER:
         both = [n for n in names if n in group]
-        if len(both) > 1: raise StudyError(f"Arm {arm!r}: {' and '.join(both)} cannot be joined: {reason}.")
+        if len(both) < 2: continue
+        raise StudyError(f"Arm {arm!r}: {' and '.join(both)} cannot be joined: {reason}.")
 
 def _check_alphas(arm):
     "Raise `StudyError` unless what follows each `@` is an alpha, and is that of one arm."
@@ -173,9 +174,10 @@ def _check_alphas(arm):
         without = ' and '.join(n for n,text in _split(arm) if text is not None and n in NO_ALPHA)
         raise StudyError(f"Arm {arm!r}: {without} has no alpha.")
     if len(shared) > 1:
-        raise StudyError(f"Arm {arm!r} has {len(shared)} alphas after @ for {' and '.join(weighed)}; give one.")
+        raise StudyError(f"Arm {arm!r} has {len(shared)} alphas after @ for {' and '.join(weighed)}; "
+                         "they share one: give it once.")
 
-# %% ../../nbs/07a_study.arms.ipynb #3763ee8a
+# %% ../../nbs/07a_study.arms.ipynb #80e2aad8
 def _with_own_scale(arm):
     "(name, its number or None) of the arms in `arm` whose strength has a scale of its own."
     return [(n, text and float(text)) for n,text in _split(arm) if n in OWN_ALPHAS]
@@ -196,14 +198,14 @@ def own_alpha(
 def varies_alpha(
     arm:str, # As for `parts`
 ) -> bool:
-    "True if `arm` is trained at every alpha of the study: it is weighed by alpha and has none of its own."
+    "True if `arm` is trained at every alpha of the study: weighed by alpha, with none of its own."
     return bool(_weighed(arm)) and own_alpha(arm) is None
 
 def usual_alphas(
     arm:str, # As for `parts`, without an alpha of its own
     n:int, # How many, if there are so many
 ) -> tuple:
-    "The strengths tried for an arm that is not weighed by the study's alphas; (0,) where it has no alpha."
+    "The strengths tried for an arm that is not weighed by the study's alphas; (0,) without alpha."
     for name,_ in _with_own_scale(arm): return tuple(sorted(OWN_ALPHAS[name][:n]))
     return (0.,)
 

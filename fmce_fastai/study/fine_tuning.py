@@ -8,7 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/study.fine_tuning.html.md"""
 __all__ = ['body_and_head', 'LPFT', 'l2_sp_penalty', 'weight_matrices', 'L2SP', 'bss_penalty', 'last_linear', 'BSS', 'SupConHead',
            'EMA']
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #4faf4e71
+# %% ../../nbs/07w_study.fine_tuning.ipynb #ce970038
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.hook import Hook
@@ -20,7 +20,7 @@ from .rivals import AddLoss, contrastive_loss, last_means
 from ..train.callback import FMCECallback
 from ..train.targets import mixed_targets
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #b36b2c21
+# %% ../../nbs/07w_study.fine_tuning.ipynb #f4b029a0
 def body_and_head(
     model:nn.Module, # As `vision_learner` builds it
 ) -> tuple: # (body, head)
@@ -57,7 +57,7 @@ class LPFT(Callback):
         self.set_rates()
 
     def set_rates(self):
-        "Rates and momentum of the step, if the fit has a schedule: as at the same place of a whole fit."
+        "Rates and momentum, if the fit has a schedule: as at the same place of a whole fit."
         if not hasattr(self.learn, 'param_scheduler'): return
         start,length = (0., self.share) if self.fixed else (self.share, 1 - self.share)
         pct = min(max((self.pct_train - start)/max(length, 1e-6), 0.), 1.)
@@ -73,7 +73,7 @@ class LPFT(Callback):
         self.modes = {}  # validation has put all layers in eval mode
         self.free()
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #5552bde1
+# %% ../../nbs/07w_study.fine_tuning.ipynb #f913e2c2
 def l2_sp_penalty(
     pairs:list, # (weight, its start value) of the body
     head:list, # Weights of the head
@@ -91,8 +91,8 @@ def weight_matrices(
     return [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
 
 class L2SP(Callback):
-    "Adds the L2-SP penalty (arXiv:1802.01483) to the loss, in place of the optimiser's weight decay."
-    order,run_valid = FMCECallback.order + .5,False  # after those that weigh the task loss by 1-alpha
+    "Adds the L2-SP penalty (arXiv:1802.01483) to the loss, in place of weight decay."
+    order,run_valid = FMCECallback.order + .5,False  # after those that weigh the task loss
 
     def __init__(self,
         beta:float=.1, # Of the body's distance to the start
@@ -113,7 +113,7 @@ class L2SP(Callback):
 
     def after_fit(self): self.opt.set_hyper('wd', self.decays)
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #da8c666c
+# %% ../../nbs/07w_study.fine_tuning.ipynb #4d7a56ae
 def bss_penalty(
     features:torch.Tensor, # (B, C)
     k:int=1, # How many singular values are penalised
@@ -127,7 +127,8 @@ def last_linear(
     "The network's last linear layer. Raises `ValueError` where there is none."
     found = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if found: return found[-1]
-    raise ValueError(f"The {type(model).__name__} has no nn.Linear, so BSS finds no features before its last one.")
+    raise ValueError(f"The {type(model).__name__} has no nn.Linear, whose input BSS needs; "
+                     "use a network that ends with one.")
 
 class BSS(Callback):
     "Adds batch spectral shrinkage (Chen et al. 2019) of the last linear layer's input to the loss."
@@ -161,7 +162,7 @@ class BSS(Callback):
         if self.reader is not None: self.reader.remove()
         self.reader = None
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #311cb2cc
+# %% ../../nbs/07w_study.fine_tuning.ipynb #1b3bd683
 class SupConHead(AddLoss):
     "Adds the supervised contrastive loss (arXiv:2004.11362) of the last map behind a projection head."
     def __init__(self,
@@ -189,7 +190,7 @@ class SupConHead(AddLoss):
     ):
         "Make the projection head, and give it to the optimiser's last group."
         n = x.shape[1]
-        with torch.random.fork_rng(devices=[]):  # the batches' random numbers stay those of the other arms
+        with torch.random.fork_rng(devices=[]):  # training draws what it draws in other arms
             torch.manual_seed(self.seed)
             head = nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, self.n_out))
         self.projection = head.to(x.device)
@@ -201,10 +202,10 @@ class SupConHead(AddLoss):
         self.opt.param_lists[-1] = self.network_params
         for p in self.projection.parameters(): self.opt.state.pop(p, None)
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #134553d8
+# %% ../../nbs/07w_study.fine_tuning.ipynb #38222636
 class EMA(Callback):
     "Judges the network with an exponential moving average of its weights and buffers."
-    order = -.5  # `ModelEmaV3` copies the network: on its device and in its memory format, without any hook
+    order = -.5  # `ModelEmaV3` copies the network: on its device, in its format, without hooks
 
     def __init__(self,
         decay:float=.99, # Share of the old average in the new one, once it is reached

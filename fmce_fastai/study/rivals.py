@@ -54,7 +54,7 @@ class AddLoss(Callback):
         self.learn.loss_grad = self.weights[0]*self.learn.loss_grad + self.weights[1]*aux
 
     def targets(self) -> torch.Tensor: # (B,) class labels, or (B, classes) soft ones
-        "The batch's classes. MixUp's images keep that of their larger part; CutMix's own may be the smaller."
+        "The batch's classes. MixUp's images keep that of their larger part; CutMix's get shares."
         if any(isinstance(cb, CutMix) for cb in self.learn.cbs): return mixed_targets(self.learn)
         return oracle_targets(self.learn.yb)
 
