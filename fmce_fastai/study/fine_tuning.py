@@ -8,7 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/study.fine_tuning.html.md"""
 __all__ = ['body_and_head', 'LPFT', 'l2_sp_penalty', 'weight_matrices', 'L2SP', 'bss_penalty', 'last_linear', 'BSS', 'SupConHead',
            'EMA']
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #ce970038
+# %% ../../nbs/07w_study.fine_tuning.ipynb #535a73bc
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.hook import Hook
@@ -20,7 +20,7 @@ from .rivals import AddLoss, contrastive_loss, last_means
 from ..train.callback import FMCECallback
 from ..train.targets import mixed_targets
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #f4b029a0
+# %% ../../nbs/07w_study.fine_tuning.ipynb #87f69b88
 def body_and_head(
     model:nn.Module, # As `vision_learner` builds it
 ) -> tuple: # (body, head)
@@ -73,7 +73,7 @@ class LPFT(Callback):
         self.modes = {}  # validation has put all layers in eval mode
         self.free()
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #f913e2c2
+# %% ../../nbs/07w_study.fine_tuning.ipynb #9018d962
 def l2_sp_penalty(
     pairs:list, # (weight, its start value) of the body
     head:list, # Weights of the head
@@ -113,7 +113,7 @@ class L2SP(Callback):
 
     def after_fit(self): self.opt.set_hyper('wd', self.decays)
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #4d7a56ae
+# %% ../../nbs/07w_study.fine_tuning.ipynb #7497a811
 def bss_penalty(
     features:torch.Tensor, # (B, C)
     k:int=1, # How many singular values are penalised
@@ -153,6 +153,7 @@ class BSS(Callback):
         if features.ndim != 2:
             raise ValueError(f"The last linear layer gets features of shape {tuple(features.shape)}; "
                              "BSS needs (images, features).")
+        if not bool(features.isfinite().all()): return  # a diverged run has no singular values
         self.learn.loss_grad = self.learn.loss_grad + self.eta*bss_penalty(features, self.k)
 
     def after_cancel_batch(self): self.stop_reading()
@@ -162,7 +163,7 @@ class BSS(Callback):
         if self.reader is not None: self.reader.remove()
         self.reader = None
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #1b3bd683
+# %% ../../nbs/07w_study.fine_tuning.ipynb #d23e66c3
 class SupConHead(AddLoss):
     "Adds the supervised contrastive loss (arXiv:2004.11362) of the last map behind a projection head."
     def __init__(self,
@@ -202,7 +203,7 @@ class SupConHead(AddLoss):
         self.opt.param_lists[-1] = self.network_params
         for p in self.projection.parameters(): self.opt.state.pop(p, None)
 
-# %% ../../nbs/07w_study.fine_tuning.ipynb #38222636
+# %% ../../nbs/07w_study.fine_tuning.ipynb #7bcdcfaa
 class EMA(Callback):
     "Judges the network with an exponential moving average of its weights and buffers."
     order = -.5  # `ModelEmaV3` copies the network: on its device, in its format, without hooks
