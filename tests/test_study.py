@@ -60,6 +60,29 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tmp_pa
     for key in ("start", "batches"): assert len({r[key] for r in rows}) == 1
     assert len({r["loss"] for r in rows}) > len(names) - 2  # and yet they are different ways of training
 
+FINE_TUNING = ("lp-ft", "l2-sp", "bss", "supcon-head", "ema", "cutmix")
+
+def test_methods_of_fine_tuning_see_the_same_batches_and_resume(tmp_path):
+    "Epochs with a validation between them, the body at a lower rate, alone and joined with RAL; every third run is lost and repeated."
+    joined = ("ral-universal+lp-ft@0.5+bss", "ral-universal@0.25+ema@0.5+cutmix")
+    study = Study(("plain", *FINE_TUNING, *joined), (.5,), "lp-ft", **{**TINY, "n_train": 32, "bs": 16, "epochs": 2, "n_eval": 20, "seeds": (0,)}, body_lr=.3, freeze_norm=True)
+    quiet(study, tmp_path)
+    rows = {r["arm"]: r for r in read_rows(tmp_path)}
+    assert {a: r["alpha"] for a, r in rows.items()} == {"plain": 0, "lp-ft": .33, "l2-sp": .1, "bss": .001, "supcon-head": .5, "ema": .99, "cutmix": 0, joined[0]: .5, joined[1]: .25}
+    for key in ("start", "batches", "steps"): assert len({r[key] for r in rows.values()}) == 1
+    assert len({r["loss"] for r in rows.values()}) == len(rows)
+    assert [rows[a]["acted"] for a in joined] == [2, 4]  # while LP-FT keeps the body fixed, RAL has nothing to train
+    for f in [*sorted((tmp_path/"runs").glob("*.json"))[::3], tmp_path/"runs.csv"]: f.unlink()
+    quiet(None, tmp_path)
+    assert {r["arm"]: (r["loss"], r["batches"]) for r in read_rows(tmp_path)} == {a: (r["loss"], r["batches"]) for a, r in rows.items()}
+
+def test_methods_of_fine_tuning_are_joined_where_it_makes_sense():
+    for arm in FINE_TUNING:
+        for other in ("ral-universal", "ridge-memory", "label-smoothing", *(("mixup",) if arm != "cutmix" else ())): assert parts(f"{other}+{arm}") == [other, arm]
+        with pytest.raises(StudyError, match=f"has {arm} 2 times"): parts(f"{arm}+plain+{arm}")
+    for pair in ("mixup+cutmix", "supcon-head+supcon", "ridge+ral-memory"):
+        with pytest.raises(StudyError, match=f"{pair.replace('+', ' and ')} cannot be joined"): parts(pair)
+
 @pytest.mark.parametrize("cbs", [[], [MixUp()]])
 def test_an_arm_that_draws_numbers_sees_the_same_augmented_batches(cbs):
     "Random erasing draws from the global generators when a batch is made, as MixUp and dropout do when it is used."
@@ -163,6 +186,13 @@ def test_a_search_reads_the_validation_split_alone_and_can_be_followed_by_the_fi
     assert quiet(study, tmp_path).seeds.tolist() == [1, 1] and len(read_rows(tmp_path)) == 6
     assert "Choices on" not in (tmp_path/"table.txt").read_text()
 
+def test_a_method_with_its_own_scale_gets_as_many_trials_as_ral():
+    study = Study(("plain", "ral-universal", "l2-sp", "ema+mixup"), (.5, .9, .97), lrs=(1e-3, 1e-2))
+    tried = {a: sorted({(j.alpha, j.lr) for j in tuning_jobs(study) if j.arm == a}) for a in study.arms}
+    assert {a: len(t) for a, t in tried.items()} == {"plain": 2, "ral-universal": 6, "l2-sp": 6, "ema+mixup": 6} and {a for a, _ in tried["l2-sp"]} == {.01, .1, 1.}
+    rows = [row(j.arm, j.seed, .5 + .1*(j.alpha == .01), "tune", j.alpha, j.lr) for j in tuning_jobs(study)]
+    assert chosen(study, rows)[1]["l2-sp"] == .01
+
 def test_only_the_primary_arm_chooses_its_alpha():
     study = Study(("plain", "scaled", "ral-universal"), (.2, .5))
     assert {j.arm for j in tuning_jobs(study)} == {"ral-universal"} and {(j.arm, j.alpha) for j in final_jobs(study, [])} == {("plain", 0.), ("scaled", .2), ("scaled", .5)}
@@ -182,7 +212,8 @@ def test_channels_last_is_the_same_training(tmp_path):
 @pytest.mark.parametrize("kwargs, words", [(dict(seeds=(0, 100)), "no evidence"), (dict(arms=("plain", "rla")), "Unknown arm 'rla'"), (dict(arms=("plain", "ral"), primary="ral"), "stage1_epochs"), (dict(primary="ral"), "must be one of the arms"),
                                            (dict(epochs=0), "at least 1"), (dict(lrs=()), "one or more"), (dict(lrs=(-1.,)), "positive"), (dict(alphas=(2.,)), "alpha is 2"), (dict(lrs=(1e-3, 1e-2), tune_seeds=()), "no tune_seeds"),
                                            (dict(arms=("plain", "mixup@0.5"), primary="mixup@0.5"), "mixup has no alpha"), (dict(arms=("plain", "scaled@x"), primary="scaled@x"), "no alpha"), (dict(arms=("plain", "scaled@1.5"), primary="scaled@1.5"), "must lie in"), (dict(head="big"), "'fastai' and 'linear'"),
-                                           (dict(arms=("plain", "scaled", "scaled"), primary="scaled"), "each arm once"), (dict(memory=0), "at least 1"), (dict(fmcs_loss="mse"), "accepted are 'nll'")])
+                                           (dict(arms=("plain", "scaled", "scaled"), primary="scaled"), "each arm once"), (dict(memory=0), "at least 1"), (dict(fmcs_loss="mse"), "accepted are 'nll'"),
+                                           (dict(arms=("plain", "ridge+ral-universal"), primary="ridge+ral-universal"), "RAL would be applied twice"), (dict(arms=("plain", "l2-sp@10"), primary="l2-sp@10"), "must lie in")])
 def test_what_does_not_go_together_is_said(kwargs, words):
     with pytest.raises(ValueError, match=words): Study(**kwargs)
 

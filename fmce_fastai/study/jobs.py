@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .. import __version__
 from ..util.files import write_json
 from ..train.callback import FMCECallback
-from .arms import ARMS, parts
+from .arms import ARMS, part_alphas
 from .learner import build_learner, eval_dl, fit_arm, study_dls
 from .settings import read_study_json, Study
 from .start import prepare_start
@@ -71,8 +71,8 @@ def run_job(
 def _arm_changes(study, job, folder):
     "(callbacks, peak rate, arguments of the Learner) of the arms that are trained together."
     cbs,lr,kwargs = [],job.lr,{}
-    for name in parts(job.arm):
-        own = ARMS[name](study, job.alpha, job.seed, folder)
+    for name,alpha in part_alphas(job.arm, job.alpha):
+        own = ARMS[name](study, alpha, job.seed, folder)
         cbs += own.get('cbs', [])
         lr *= own.get('lr', 1)
         if 'loss_func' in own: kwargs['loss_func'] = own['loss_func']

@@ -11,7 +11,7 @@ __all__ = ['plot_differences', 'plot_alpha']
 import numpy as np
 import pandas as pd
 
-from .arms import varies_alpha
+from .arms import own_alpha, varies_alpha
 from .settings import Study
 
 # %% ../../nbs/07p_study.plots.ipynb #ce4bbfde
@@ -56,7 +56,7 @@ def _draw_arm(ax, i, r, differences):
     if np.isfinite(r.difference): ax.plot(r.difference, i, 'D', color=color, ms=6)
 
 def _arm_label(r):
-    alpha = f', alpha {r.alpha:g}' if r.alpha and '@' not in r.arm else ''
+    alpha = f', alpha {r.alpha:g}' if r.alpha and own_alpha(r.arm) is None else ''
     return f"{r.arm}{alpha}{' (primary)' if r.role == 'primary' else ''}"
 
 # %% ../../nbs/07p_study.plots.ipynb #0a3e050b

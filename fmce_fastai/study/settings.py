@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..util.files import ForeignFileError, read_json, write_json
 from ..train.losses import check_alpha, FMCS_LOSSES
-from .arms import own_alpha, parts, StudyError, varies_alpha
+from .arms import own_alpha, parts, StudyError, usual_alphas, varies_alpha
 
 # %% ../../nbs/07b_study.settings.ipynb #887fb5bd
 @dataclass(frozen=True)
@@ -140,10 +140,12 @@ def alphas_of(
     study:Study,
     arm:str, # One of its arms
 ) -> tuple:
-    "The alphas at which `arm` is trained: those of the study, its own, or 0 where it has none."
+    """The alphas at which `arm` is trained: those of the study, its own, or 0 where it has none.
+
+    An arm whose strength has a scale of its own is tried at as many strengths as the study has alphas."""
     if varies_alpha(arm): return study.alphas
     own = own_alpha(arm)
-    return (0.,) if own is None else (own,)
+    return usual_alphas(arm, len(study.alphas)) if own is None else (own,)
 
 def read_study_json(
     path, # A JSON file in a study's folder

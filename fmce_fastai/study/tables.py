@@ -8,11 +8,13 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/study.tables.html.md"""
 __all__ = ['setting_text', 'verdict', 'seen_note', 'table_text']
 
 # %% ../../nbs/07o_study.tables.ipynb #60dd4eed
+import re
+
 import numpy as np
 import pandas as pd
 
 from ..oracle.files import OracleFileError
-from .arms import parts, universal_oracle
+from .arms import own_alpha, parts, universal_oracle
 from .settings import Study
 
 # %% ../../nbs/07o_study.tables.ipynb #e5aa7af6
@@ -31,7 +33,7 @@ def verdict(
     row, # The primary contrast: a row of the table of `compare`
 ) -> str:
     "The primary contrast in words."
-    name = row.arm.split('@')[0] + (f" at alpha {row.alpha:g}" if row.alpha else '')
+    name = _name_with_alpha(row)
     if row.note == 'identical':
         return f"Primary contrast: {name} and plain are identical in all {row.seeds} seeds."
     if not np.isfinite(row.low):
@@ -40,6 +42,12 @@ def verdict(
                 "no interval, so no evidence.")
     return (f"Primary contrast: {name} {_effect(row)}: {row.difference:+.2f} points, "
             f"95 % interval {row.low:+.2f} to {row.high:+.2f}, {row.seeds} seeds.")
+
+def _name_with_alpha(row):
+    "The arm and its alpha, once; an arm with several numbers says itself which is whose."
+    if not row.alpha or row.arm.count('@') > 1: return row.arm
+    joined = row.arm if own_alpha(row.arm) is None else re.sub('@[^+]*', '', row.arm)
+    return f"{joined} at alpha {row.alpha:g}"
 
 def _effect(row):
     if row.low > 0: return 'helps here'
