@@ -3,6 +3,8 @@ import gc
 import os
 import warnings
 
+import pytest
+
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,7 +21,8 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
-    "What all imports have made stays: without it, each collection of garbage looks at some hundred thousand objects less."
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_aside():
+    "What imports and earlier files have made is left out of the garbage collection, which would look at all of it each time."
     gc.collect()
     gc.freeze()
