@@ -1,6 +1,9 @@
 "One torch thread per process: results do not depend on how many processes share the cores."
+import gc
 import os
 import warnings
+
+import pytest
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,3 +19,10 @@ def pytest_configure(config):
         import fastai.vision.learner
         import torch
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_aside():
+    "What imports and earlier files have made is left out of the garbage collection, which would look at all of it each time."
+    gc.collect()
+    gc.freeze()

@@ -108,7 +108,7 @@ def failing(folder, what):
     (folder/f"{rank}.txt").write_text(said)
 
 def main(folder, mode):
-    DistributedDL._broadcast = on_cpu
+    if mode == "two": DistributedDL._broadcast = on_cpu
     for kind in ("fitted", "universal", "memory", "vit fitted", "vit universal"): compared(Path(folder)/kind, kind, mode)
     if mode == "two":
         for what in ("the folder exists", "the disk is full", "the disk is full at the end"): failing(Path(folder)/what, what)

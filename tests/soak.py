@@ -61,8 +61,8 @@ def fuzz(name, files, read, errors, n, rng):
     print(f"{name}: {n} broken files, {seen['refused']} refused, {seen['read']} read (their form is whole), {time.time()-begun:.0f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024:.0f} MB", flush=True)
     return seen
 
-def data_set(folder):
-    learn = tensor_learner(n=160, metrics=[], cbs=FMCSRecorder(n_images=16, n_snapshots=4, path=folder))
+def data_set(folder, n_snapshots=4):
+    learn = tensor_learner(n=160, metrics=[], cbs=FMCSRecorder(n_images=16, n_snapshots=n_snapshots, path=folder))
     learn.logger = lambda *_: None
     with learn.no_bar(): learn.fit(3, 1e-2)
     return FMCSDataset(folder)

@@ -48,7 +48,7 @@ KINDS = {
 
 
 # Built for small images where the architecture allows it: the same modules, in a tenth of the time
-SMALL = dict(levit_128s=64, xcit_nano_12_p8_224=64, pit_ti_224=64, coat_tiny=64, hiera_tiny_224=64, tnt_s_legacy_patch16_224=64, mvitv2_tiny=64, convit_tiny=64, cait_xxs24_224=64, test_vit=64)
+SMALL = dict(levit_128s=64, xcit_nano_12_p8_224=64, pit_ti_224=64, coat_tiny=64, hiera_tiny_224=64, tnt_s_legacy_patch16_224=64, mvitv2_tiny=64, convit_tiny=64, vit_tiny_patch16_dinov3_qkvb=64, crossvit_tiny_240=120, cait_xxs24_224=64, test_vit=64)
 
 def small(arch): return dict(img_size=SMALL[arch]) if arch in SMALL else {}
 

@@ -270,23 +270,23 @@ def test_alpha_09_does_not_equal_the_control(finished):
 
 # Interrupted -----------------------------------------------------------------------------------------------------------
 
-def stop(out, when, sig):
+def stop(when, sig, **options):
     "Start the command and send it `sig` when its output has `when`; returns its exit status and what it said."
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite run in a shell's background hands on an ignored Ctrl-C
-    p = subprocess.Popen(command(**RUN, out=out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    p = subprocess.Popen(command(**options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     for line in p.stdout:
         if when in line: break
     p.send_signal(sig)
     return p.communicate()[1],p.returncode
 
 def test_killed_in_stage_1_then_the_same_figures(finished, tmp_path):
-    said,code = stop(tmp_path/'k', 'epoch 2/6', signal.SIGKILL)
+    said,code = stop('epoch 2/6', signal.SIGKILL, **RUN, out=tmp_path/'k')
     assert code == -signal.SIGKILL and not (tmp_path/'k/stage1.json').exists()
     fmce_train(resume=str(tmp_path/'k'))
     assert figures(read(tmp_path/'k')) == figures(read(finished))
 
-def test_ctrl_c_is_one_message(tmp_path):
-    said,code = stop(tmp_path/'k', 'stage1:', signal.SIGINT)
+def test_ctrl_c_is_one_message(copy):
+    said,code = stop('stage1:', signal.SIGINT, resume=copy('stage1'))
     assert code == 130 and 'stopped by Ctrl-C' in said and '--resume' in said and 'Traceback' not in said
 
 @pytest.mark.parametrize('keep', [('stage1',), ('stage1', 'stage2'), ('stage1', 'stage2', 'stage3_plain')])

@@ -254,10 +254,10 @@ def cut_everywhere(files, read, error):
 
 @pytest.mark.filterwarnings("ignore::fmce_fastai.convergence.run.ConvergenceWarning")  # so short a run does not converge
 def test_data_sets_and_studies_cut_at_every_percent(tmp_path):
-    data_set(tmp_path/"maps")
+    data_set(tmp_path/"maps", n_snapshots=2)
     cut_everywhere([p for p in (tmp_path/"maps").rglob("*") if p.is_file()], lambda: all_of(tmp_path/"maps"), DatasetError)
-    run_study(Study(("plain", "scaled"), primary="scaled", n_train=64, n_eval=50, size=16, bs=32, epochs=1, seeds=(0, 1)), tmp_path/"study", bar=False)
-    def read(): assert len(read_study(tmp_path/"study")) == 4
+    run_study(Study(("plain", "scaled"), primary="scaled", n_train=64, n_eval=50, size=16, bs=32, epochs=1, seeds=(0,)), tmp_path/"study", bar=False)
+    def read(): assert len(read_study(tmp_path/"study")) == 2
     cut_everywhere([tmp_path/"study"/"study.json", *(tmp_path/"study"/"runs").glob("*.json")], read, StudyError)
 
 

@@ -13,7 +13,7 @@ try: import figures as FIGURES
 finally: sys.path.pop(0)
 
 
-FEW = {"digits_dls()": "digits_dls(n_train=480, bs=32)"}
+FEW = {"digits_dls()": "digits_dls(size=16, n_train=480, bs=32)"}
 SHORTER = [  # what the examples do, in less time
     ({**FEW, "'resnet10t'": "'test_resnet'", "fit_one_cycle(5": "fit_one_cycle(1", "fmce_report(learn)": "fmce_report(learn, n_images=64, bar=False)"}, "assert len(report.table) == learn.fmce.history.module.nunique() and report.plot()"),
     ({**FEW, "'resnet10t'": "'test_resnet'", "fit_one_cycle(12": "fit_one_cycle(6", "fit_oracle(dataset)": "fit_oracle(dataset, n_epochs=2, bar=False)", "FMCSRecorder())": "FMCSRecorder(n_images=64, n_snapshots=8))", "fit_one_cycle(4": "fit_one_cycle(1"},

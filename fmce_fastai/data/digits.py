@@ -8,6 +8,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/data.digits.html.md"""
 __all__ = ['digits_split', 'digits_dls']
 
 # %% ../../nbs/06e_data.digits.ipynb #c63d79bc
+from functools import cache
+
 import numpy as np
 from fastcore.meta import delegates
 
@@ -32,6 +34,14 @@ def digits_split(
     return pick(test+valid, counts),pick(test, test+valid),pick(np.zeros_like(test), test)
 
 # %% ../../nbs/06e_data.digits.ipynb #fea46500
+@cache
+def _digits_parts():
+    "Images, values 0 to 255, and labels of the three parts; read once per process."
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    images = np.rint(data.images*(255/16)).astype(np.uint8)
+    return [(images[idx], data.target[idx]) for idx in digits_split(data.target)]
+
 @delegates(item_dls, but=['vocab'])
 def digits_dls(
     size:int=32, # Side of the images, pixels (8 natively)
@@ -45,8 +55,4 @@ def digits_dls(
     Values 0..16 are scaled to 0..255. Raises `DataError` for an impossible `size`, `bs` or `n_train`.
     Source of the images: the test part of UCI's "Optical Recognition of Handwritten Digits".
     One test image is a third of a percentage point: use them as a smoke test, not as evidence."""
-    from sklearn.datasets import load_digits
-    data = load_digits()
-    images = np.rint(data.images*(255/16)).astype(np.uint8)
-    train,valid,test = ((images[idx], data.target[idx]) for idx in digits_split(data.target))
-    return array_dls(train, valid, test, size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)
+    return array_dls(*_digits_parts(), size=size, bs=bs, n_train=n_train, seed=seed, **kwargs)
