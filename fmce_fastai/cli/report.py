@@ -83,10 +83,10 @@ def _report_images(data, root, size, no_labels):
     return get_dls(data, size=size, bs=64, **kwargs).valid, 'validation split'
 
 def _report_oracle(oracle):
-    "The oracle in a file, in a folder or on the Hub, or of this name."
+    "The oracle in a file, in a folder or on the Hub, or of this name; by default, ridge."
     import fmce_fastai.hub.transfer  # for `as_oracle`
     from fmce_fastai.oracle.base import as_oracle
-    return as_oracle(oracle)
+    return as_oracle(oracle or 'ridge')
 
 def _check_has_scores(oracle, no_labels, images):
     "Raise `CommandError` where images are to be drawn by scores that there will not be."
@@ -168,7 +168,7 @@ def fmce_report(
     # Use no class labels: a folder of images then needs no subfolders, and there is FMCS only with a
     # fitted --oracle
     no_labels:store_true=False,
-    oracle:str='ridge', # An oracle's file, its name on the Hub, or ridge, quality or universal
+    oracle:str=None, # An oracle's file, its name on the Hub, or quality or universal (default: ridge)
     csv:str=None, # Also write the table to this file (default: no file)
     plot:str=None, # Also draw the bars into this file, such as report.png (default: no file)
     # Also draw the images whose last maps are least and most converged into this file (default: no file)

@@ -65,6 +65,8 @@ def fmce_report(
     if held_out is None: held_out = not _trained_on(learn_or_model, dl)
     items = _sample_items(dl, n_images, oracle, seed)
     xs,targets = _read_images(dl, items, labels)
+    if targets is None and not oracle.scores_unlabelled:
+        oracle = FMCENet.universal()  # not for its scores: it tells which maps can be read
     weights = weight_report(model, fresh)
     seeds = [(seed, i) for i in range(control)]
     facts = _look(model, xs, targets, oracle, held_out, taps, seeds, new_networks, fresh, bar)
@@ -75,7 +77,7 @@ def fmce_report(
         table[['fmcs', 'low', 'high']] = np.nan
         scores = np.full_like(scores, np.nan)
     classes = _probe_classes(targets)
-    return FMCEReport(facts.plan.arch, table, scores, _notes(table, len(items), measured, oracle), items,
+    return FMCEReport(facts.plan.arch, table, scores, _notes(table, len(items), measured), items,
                       _class_names(dl, targets), extreme_pictures(dl, [first_image(x) for x in xs], scores),
                       oracle.title, measured,
                       weights, np.nan if classes is None else chance_level(classes))
@@ -195,11 +197,10 @@ def _table_of(facts, verdicts):
                          fmcs=mean_score(fmcs), low=low, high=high, images=int(scored.sum()), learnt=gain))
     return pd.DataFrame(rows)
 
-def _notes(table, n, measured, oracle):
+def _notes(table, n, measured):
     "Warnings about rows of the table, and whether there is any FMCS, as sentences."
     if not measured:
-        unreadable = _unreadable_notes(table, n) if oracle.scores_unlabelled else []
-        return [*unreadable, f"No FMCS: {NEEDS_LABELS}"]
+        return [*_unreadable_notes(table, n), f"No FMCS: {NEEDS_LABELS}"]
     notes = [NO_NEW_NETWORK]*bool(table.probe.notna().any() and table.new.isna().all())
     notes += [_untrained_note(r) for r in table[looks_untrained(table)].itertuples()]
     notes += [f"{r.module}: {n - r.images} of {n} images have no score "

@@ -32,6 +32,7 @@ def presets(
         'paper-mini':_paper_mini(n_images),
         'scratch':_scratch(n_images),
         'few-images':_few_images(n_classes, n_images),
+        'rivals':_rivals(n_classes, n_images),
     }
 
 def _at_most(n, n_images):
@@ -106,6 +107,21 @@ def _few_images(n_classes, n_images):
             arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97')),
     }
     return {name:s for name,s in studies.items() if n_images is None or s.n_train <= n_images}
+
+# %% ../../nbs/07r_study.presets.ipynb #78ddd155
+_RIVALS = ('plain', 'alignment@0.97', 'alignment-memory@0.97', 'ral-universal@0.97', 'ral-memory@0.97',
+           'ridge@0.97', 'ridge-memory@0.97', 'mixup', 'ral-memory@0.97+mixup', 'label-smoothing', 'lp-ft',
+           'l2-sp', 'bss', 'supcon-head@0.5', 'ema', 'cutmix')
+
+def _rivals(n_classes, n_images):
+    "Fine-tuning with pretrained weights and 10 images a class."
+    study = Study(
+        arms=_RIVALS, primary='ral-memory@0.97',
+        data='openclipart', n_train=_at_most(10*n_classes, n_images), size=64, bs=25,
+        arch='tf_efficientnet_lite0', weights='efficientnet-lite0', head='linear',
+        epochs=25, lrs=(3e-3,), body_lr=.3, freeze_norm=True, channels_last=True,
+        seeds=tuple(range(10)))
+    return {'10-a-class':study}
 
 # %% ../../nbs/07r_study.presets.ipynb #ea5b35f9
 def preset_on(
