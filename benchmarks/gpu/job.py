@@ -27,7 +27,7 @@ TINY = dict(
     precisions=("float32", "bfloat16_channels_last"),
     cells=("test_resnet", "torchvision.shufflenet_v2_x0_5"),
     run=dict(size=32, n_train=640, n_test=200, bs=32, epochs=4, oracle_epochs=1, ral_epochs=1,
-             lr=3e-3, ral_lr=3e-4, alpha=.9, n_images=64, n_snapshots=5))
+             lr=3e-3, ral_lr=3e-4, alpha=.9, n_images=32, n_snapshots=4))
 
 
 @dataclass

@@ -57,6 +57,7 @@ def measure(args, budget):
     from job import Job
     if not args.tiny and not torch.cuda.is_available():
         raise SystemExit("No CUDA device. --tiny runs on the CPU.")
+    if args.tiny: torch.set_num_threads(1)  # several wait for each other on a busy machine
     seeds = args.seeds or (1 if args.tiny else 10)
     job = Job(args.bundle, args.out.resolve(), args.state.resolve(), budget, args.tiny, seeds)
     parts = dict(a=cuda_tests, b=step_overhead, c=cells)
