@@ -1,4 +1,5 @@
 "settings.ini, pyproject.toml and the package say the same."
+import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -51,3 +52,16 @@ def test_library_code_prints_nothing():
 
 def test_what_an_extra_needs_is_tested(settings):
     for extra in ("study", "cam"): assert set(settings[f"{extra}_requirements"].split()) <= set(settings["dev_requirements"].split())
+
+
+ABSENT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+for name in ("accelerate", "statsmodels", "pytorch_grad_cam", "nbdev", "hypothesis", "tensorboard", "toml", "spacy"): sys.modules[name] = None
+import fmce_fastai.all
+"""
+
+def test_names_of_a_notebook_need_no_optional_package():
+    "fastai requires spaCy, for text; images do not need it. The others are in extras or for developers."
+    done = subprocess.run([sys.executable, "-c", ABSENT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from fastai.callback.core import Callback
-from fastai.distributed import DistributedDL
 
 from .. import __version__
 from ..maps.find import tap_plan
@@ -23,7 +22,7 @@ from ..maps.tap import FeatureTap
 from ..oracle.dataset import DatasetError, FMCSDataset, MODES
 from .recording import check_bytes, make_folder, Recording
 from .sample import read_sample, require_image_batches
-from ..util.distributed import errors_on_all_ranks, is_main
+from ..util.distributed import errors_on_all_ranks, inner_loader, is_main
 from ..util.state import unwrap
 
 # %% ../../nbs/04l_train.recorder.ipynb #368ef564
@@ -143,7 +142,7 @@ class FMCSRecorder(Callback):
         dl = self.dls.train
         bs = dl.bs if hasattr(dl, 'bs') else dl.batch_size
         n_batches = len(dl)  # of this process, where there are several
-        if isinstance(dl, DistributedDL): dl = dl.dl  # every process reads the same images
+        dl = inner_loader(dl)  # every process reads the same images
         require_image_batches(dl, type(self).__name__)
         sample = read_sample(dl, self.n_images, bs, self.sample_seed)
         x = sample.eval_batches[0][0]
