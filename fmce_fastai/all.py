@@ -15,6 +15,7 @@ from fmce_fastai.maps.find import tap_plan
 from fmce_fastai.maps.head import image_size_kwargs, timm_head
 from fmce_fastai.maps.plan import Tap, TapError, TapPlan
 from fmce_fastai.maps.tap import FeatureTap
+from fmce_fastai.oracle.alignment import AlignmentFMCENet
 from fmce_fastai.oracle.base import as_oracle, FMCENet, OracleError, Scores
 from fmce_fastai.oracle.dataset import DatasetError, FMCSDataset
 from fmce_fastai.oracle.files import OracleFileError

@@ -25,6 +25,8 @@ WHAT = dict(
               "other, within and across classes.",
     ridge="It has no weights and scores feature maps of any network: by leave-one-out ridge regression, from "
           "the channel means of a batch's other images to an image's class.",
+    alignment="It has no weights and scores feature maps of any network: by the alignment of the images' "
+              "similarities with their classes.",
     quality="It scores feature maps of any network: it predicts what a linear probe on the map would reach on "
             "images that the network has not seen, from 0 (chance) to 1 (the best known on the task).")
 
@@ -38,7 +40,8 @@ fmce_report(learn, oracle=oracle)                      # how converged is each m
 learn.add_cb(FMCECallback(alpha=0.9, oracle=oracle))   # train with the Representation Auxiliary Loss
 learn.fit_one_cycle(4, 3e-3)""")
 USE['quality'] = USE['universal']
-USE['ridge'] = USE['universal'].replace('oracle=oracle)   # train', "oracle='ridge')   # train")
+for _kind in ('ridge', 'alignment'):
+    USE[_kind] = USE['universal'].replace('oracle=oracle)   # train', f"oracle='{_kind}')   # train")
 
 LIMITS = dict(
     fitted=[
@@ -58,6 +61,10 @@ LIMITS = dict(
         "Without class labels there are no scores.",
         "It reads a whole batch: an image's score depends on the other images in the batch, and on how many.",
         "On images that the network was trained on it cannot tell memorised from learnt."],
+    alignment=[
+        "Without class labels there are no scores.",
+        "It reads a whole batch: an image's score depends on the other images in the batch.",
+        "As a measure it is behind the ridge oracle, most of all where many images are scored together."],
     quality=[
         "A score is what can be read from a map, not what training has added: maps of a new network score "
         "above 0 wherever random features help.",
@@ -91,9 +98,9 @@ _EXPLAIN_SCORES = (
 _NO_SCORES = (
     "The card of this oracle holds no measured figures: judge it with `judge_oracle` on a recorded run before "
     "you rely on it.")
-_NO_SCORES_RIDGE = (
-    "Nothing was fitted, so there is nothing to judge once for all: a score comes from a leave-one-out "
-    f"regression on the batch itself. [Its page]({DOCS}/oracle.ridge.html) has the formula.")
+_NO_SCORES_CLOSED = (
+    "Nothing was fitted, so there is nothing to judge once for all: a score comes from the batch itself. "
+    f"[The page of the ridge oracle]({DOCS}/oracle.ridge.html) compares scores of this kind.")
 _NO_SCORES_UNIVERSAL = (
     "The card of this oracle holds no measured figures. Figures of the universal oracle that ships with "
     "fmce_fastai, on networks, images and tasks that it was not trained on, are on "
@@ -104,7 +111,8 @@ _NO_SCORES_QUALITY = (
     "fmce_fastai, on networks and images that it was not trained on, are on "
     f"[the package's page]({DOCS}/oracle.quality.html). To find out whether this is that oracle, compare the checksum "
     "below with `as_oracle('quality').card['sha256']`.")
-_NO_SCORES_OF = dict(universal=_NO_SCORES_UNIVERSAL, ridge=_NO_SCORES_RIDGE, quality=_NO_SCORES_QUALITY)
+_NO_SCORES_OF = dict(universal=_NO_SCORES_UNIVERSAL, quality=_NO_SCORES_QUALITY,
+                     ridge=_NO_SCORES_CLOSED, alignment=_NO_SCORES_CLOSED)
 
 def limits_section(
     card:dict, # An oracle's card

@@ -306,7 +306,7 @@ def _shapes(tensors): return {k:v.shape for k,v in tensors.items()}
 _HUB_NAME = re.compile(r'\w[\w.-]*/(?!.*\.safetensors$)[\w.-]+')
 
 def as_oracle(
-    oracle, # An `FMCENet`; its file or folder; 'owner/name' on the Hub; 'universal', 'quality', 'ridge'; None
+    oracle, # An `FMCENet`; its file or folder; 'owner/name' on the Hub; a kind's name, 'ridge'; None
 ) -> FMCENet|None: # None for None
     """The oracle itself: an oracle as it is, a file or repository loaded, a kind by its name; frozen.
 
@@ -317,7 +317,7 @@ def as_oracle(
     if not isinstance(oracle, (str, os.PathLike)) or not str(oracle):
         given = repr(oracle) if isinstance(oracle, str) else f'a {type(oracle).__name__}'
         raise TypeError(f"oracle is {given}; accepted are an FMCENet, the path of an oracle's file, "
-                        "'owner/name' on the Hugging Face Hub, 'universal', 'quality' or 'ridge', and None.")
+                        "'owner/name' on the Hugging Face Hub, 'universal', 'quality', 'ridge', 'alignment', and None.")
     path = Path(oracle).expanduser()
     if (kind := _kind_that_is_there(oracle, path)) is not None:
         return FMCENet.load(shipped_file(kind.shipped)) if kind.shipped else kind().freeze()

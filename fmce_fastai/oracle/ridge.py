@@ -6,7 +6,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.ridge.html.md"""
 
 # %% auto #0
 __all__ = ['OWN', 'squared_errors', 'left_out_residuals', 'class_spread', 'centred_classes', 'class_rows', 'channel_cosines',
-           'told_probability', 'left_out_scores', 'image_scores', 'error_levels', 'check_penalty', 'RidgeFMCENet']
+           'told_probability', 'left_out_scores', 'image_scores', 'error_levels', 'check_penalty', 'ClosedFormFMCENet',
+           'plan_of', 'RidgeFMCENet']
 
 # %% ../../nbs/03k_oracle.ridge.ipynb #dc647dba
 from numbers import Real
@@ -124,26 +125,27 @@ def check_penalty(
                      "solve the regression.")
 
 # %% ../../nbs/03k_oracle.ridge.ipynb #515c1405
-class RidgeFMCENet(BatchFMCENet):
-    """Leave-one-out ridge regression: scores any map of any network by how well others tell an image's class.
+class ClosedFormFMCENet(BatchFMCENet):
+    """An oracle without weights: an error and an FMCS per image from the cosines of a batch's channel means.
 
-    It has no weights. FMCS is the probability of the images' classes by the regression on the other images, from
-    0 (a guess) to 1; the FMCS loss `'nll'` is the squared left-out error. `targets` are (B,) class labels or (B, C) shares of class; without them nothing is
-    `valid`. A batch needs at least `min_batch` images; an image needs another of its class and one of
-    another class, in the batch or in a memory bank."""
-    kind = 'ridge'
-    title = 'the ridge oracle'
+    A kind overrides `score_kernel`. The FMCS loss `'nll'` is the error; FMCS is not the mean level. `targets` are
+    (B,) class labels or (B, C) shares of class; without them nothing is `valid`."""
     has_weights = False
     scores_unlabelled = False
-    leaves_out_copies = True
 
     def __init__(self,
-        penalty:float=1., # Lambda, at least 0.001
         min_batch:int=8, # Fewest images that are scored
         plan:TapPlan|None=None, # The taps that the maps come from; None: any maps
     ):
         super().__init__(plan, 2, min_batch)
-        self.penalty = check_penalty(penalty)
+
+    def score_kernel(self,
+        k:torch.Tensor, # (N, N) cosines
+        targets:torch.Tensor, # (N,) class labels or (N, C) shares of class
+        n:int, # Number of images to score, the first
+    ) -> tuple: # (n,) errors, not negative; (n,) FMCS
+        "Score the first `n` images."
+        raise NotImplementedError(f"{type(self).__name__} does not score; it has no score_kernel.")
 
     def score_clean(self, maps, finite, targets):
         if targets is not None: targets = targets.to(self.levels.device)
@@ -164,22 +166,22 @@ class RidgeFMCENet(BatchFMCENet):
     def score_map(self,
         fmap:torch.Tensor, # (n, C, H, W), finite
         targets:torch.Tensor, # (n,) class labels or (n, C) shares of class
-    ) -> tuple: # (n,) left-out errors; (n,) bool, which of them are valid; (n,) FMCS
+    ) -> tuple: # (n,) errors; (n,) bool, which of them are valid; (n,) FMCS
         "Score one map of a batch."
         k,varies = channel_cosines(fmap)
-        errors,valid,fmcs = self._score_kernel(k, targets, len(fmap))
+        errors,valid,fmcs = self._score_valid(k, targets, len(fmap))
         return errors, valid & varies, fmcs
 
-    def _score_kernel(self, k, targets, n):
+    def _score_valid(self, k, targets, n):
         "As `score_map`, of the first `n` images."
-        errors,told = left_out_scores(k, targets, self.penalty, n)
+        errors,fmcs = self.score_kernel(k, targets, n)
         valid = has_pair(same_class(targets))[:n] & (class_spread(centred_classes(targets)) > 1e-6)
-        return errors, valid, image_scores(told)
+        return errors, valid, fmcs
 
     def score_among(self, grams, targets, n):
         targets = targets.to(self.levels.device)
         if len(targets) < max(self.min_batch, 2): scored = [self._not_scored(g[0,:n]) for g in grams.values()]
-        else: scored = [self._score_kernel(cosines(g[0]), targets, n) for g in grams.values()]
+        else: scored = [self._score_valid(cosines(g[0]), targets, n) for g in grams.values()]
         return self.scores_of(*self._join(scored))
 
     def scores_of(self, logits, valid, fmcs):
@@ -191,9 +193,41 @@ class RidgeFMCENet(BatchFMCENet):
         nothing = 0*x.flatten(1).sum(1)
         return 1 + nothing, torch.zeros(len(x), dtype=torch.bool, device=x.device), nothing
 
-    def spec(self): return {**super().spec(), 'penalty':self.penalty, 'min_batch':self.min_batch}
+    def spec(self): return {**super().spec(), 'min_batch':self.min_batch}
 
     @classmethod
-    def from_spec(cls, spec):
-        plan = TapPlan.from_dict(spec['plan']) if spec.get('plan') else None
-        return cls(float(spec['penalty']), int(spec['min_batch']), plan)
+    def from_spec(cls, spec): return cls(min_batch=int(spec['min_batch']), plan=plan_of(spec))
+
+def plan_of(
+    spec:dict, # From an oracle's `spec()`
+) -> TapPlan|None:
+    return TapPlan.from_dict(spec['plan']) if spec.get('plan') else None
+
+# %% ../../nbs/03k_oracle.ridge.ipynb #c14ccb70
+class RidgeFMCENet(ClosedFormFMCENet):
+    """Leave-one-out ridge regression: scores any map of any network by how well others tell an image's class.
+
+    It has no weights. FMCS is the probability of the images' classes by the regression on the other images, from
+    0 (a guess) to 1; the FMCS loss `'nll'` is the squared left-out error. `targets` are (B,) class labels or
+    (B, C) shares of class; without them nothing is `valid`. A batch needs at least `min_batch` images; an image
+    needs another of its class and one of another class, in the batch or in a memory bank."""
+    kind = 'ridge'
+    title = 'the ridge oracle'
+    leaves_out_copies = True
+
+    def __init__(self,
+        penalty:float=1., # Lambda, at least 0.001
+        min_batch:int=8, # Fewest images that are scored
+        plan:TapPlan|None=None, # The taps that the maps come from; None: any maps
+    ):
+        super().__init__(min_batch, plan)
+        self.penalty = check_penalty(penalty)
+
+    def score_kernel(self, k, targets, n):
+        errors,told = left_out_scores(k, targets, self.penalty, n)
+        return errors, image_scores(told)
+
+    def spec(self): return {**super().spec(), 'penalty':self.penalty}
+
+    @classmethod
+    def from_spec(cls, spec): return cls(float(spec['penalty']), int(spec['min_batch']), plan_of(spec))

@@ -60,12 +60,12 @@ class FMCECallback(ScoringCallback):
 
     def __init__(self,
         alpha=0.9, # Representation Abstraction Factor in [0, 1], or a schedule, e.g. `SchedCos(0., 0.9)`
-        oracle:FMCENet|None=None, # An oracle, its file, name on the Hub, or 'ridge'; default: the universal one
+        oracle:FMCENet|None=None, # An oracle, its file, name on the Hub, or kind, such as 'ridge'; default: the universal one
         taps:list|None=None, # Taps that count in the loss; default: all of a fitted oracle, else the last two
         when='auto', # When RAL acts: from a share of the fit, (start, end), `'converged'`, `'auto'`, a callable
         fmcs_loss:str='nll', # `'nll'`: -log p(top level); `'gap'`: 1 - FMCS
         targets='auto', # `'auto'`: class labels go to the oracle where there are any; None: never
-        memory='auto', # Images in the memory bank of universal oracle or ridge; `'auto'`: where it is needed
+        memory='auto', # Images in the memory bank, for oracles of any network; `'auto'`: where it is needed
         verbose:bool=False, # Print, once a fit, what is read, when RAL acts and how many images have a pair
     ):
         self.alpha = check_alpha_or_schedule(alpha)

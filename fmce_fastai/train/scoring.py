@@ -72,7 +72,7 @@ class ScoringCallback(Callback):
     _learn = None
 
     def __init__(self,
-        oracle:FMCENet|None=None, # An oracle, its file, name on the Hub, or 'ridge'; default: the universal one
+        oracle:FMCENet|None=None, # An oracle, its file, name on the Hub, or kind, such as 'ridge'; default: the universal one
         taps:list|None=None, # Taps that count: some of a fitted oracle's, or any of the network's
         targets='auto', # `'auto'`: class labels go to the oracle where there are any; None: never
         memory='auto', # Images of earlier steps among which a batch is scored; `'auto'`: where it is needed
