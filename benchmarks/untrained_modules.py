@@ -1,9 +1,9 @@
-"""Does `fmce_report` tell modules that were never trained? Each stage's `learnt`: its FMCS by the ridge oracle, the report's default, minus that with the entries of its own weight tensors shuffled.
+"""Does `fmce_report` tell modules that were never trained? Each stage's `learnt`: its FMCS minus that with the entries of its own weight tensors shuffled.
 
     python benchmarks/untrained_modules.py            # about ten minutes on one core; writes the CSV, goes on where it was stopped
     python benchmarks/untrained_modules.py --report
 
-Small networks from a random start, before and after five epochs on digits (32 px, 2 seeds; scored are validation images), and EfficientNet-Lite0 with ImageNet weights on FashionMNIST images (64 px), intact and with one
+Small networks from a random start, before and after five epochs on digits (32 px, 2 seeds, shipped oracle: it has seen training images of digits; scored are validation images), and EfficientNet-Lite0 with ImageNet weights on FashionMNIST images (64 px, an oracle that has seen none of it), intact and with one
 stage re-initialised; and the same on images that are foreign to the network, handwritten digits (settings `digits_foreign`, and at 32 px `digits_foreign_32`). `trained` says whether the row's stage is."""
 import argparse, copy, warnings
 from pathlib import Path
@@ -18,6 +18,7 @@ from fmce_fastai.data.digits import digits_dls
 from fmce_fastai.data.torchvision import fashion_mnist_dls
 from fmce_fastai.report.control import LEAST_LEARNT
 from fmce_fastai.report.report import fmce_report
+from fmce_fastai.oracle.base import FMCENet
 from fmce_fastai.study.learner import timm_kwargs
 from fmce_fastai.maps.find import tap_plan
 from untrained_stage import damaged, lite0
@@ -46,10 +47,11 @@ def large(root, seed, setting):
     "Intact, and each stage re-initialised in turn: only that stage is then an untrained one; those after it are left out."
     size = 32 if setting == "digits_foreign_32" else 64
     dl, model, rows = (digits_dls(size=size) if "foreign" in setting else fashion_mnist_dls(size=size, root=root, n_train=1000)).valid, lite0(), []
+    oracle = FMCENet.load(HERE/"oracles"/"universal_without_fashion.safetensors")
     plan = tap_plan(model, size=size)
     for stage in (None, *range(len(plan))):
         net = model if stage is None else damaged(model, plan, stage, seed)
-        found = rows_of(fmce_report(net, dl, control=2, new_networks=0, bar=False, seed=seed).table, arch="tf_efficientnet_lite0", seed=seed, setting=setting)
+        found = rows_of(fmce_report(net, dl, oracle=oracle, control=2, new_networks=0, bar=False, seed=seed).table, arch="tf_efficientnet_lite0", seed=seed, setting=setting)
         rows += [{**r, "trained": stage is None} for r in found if stage in (None, r["number"])]
     return rows
 

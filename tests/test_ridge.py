@@ -286,7 +286,8 @@ def test_files(tmp_path):
 def test_its_name_is_enough_unless_something_on_disk_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert isinstance(as_oracle("ridge"), RidgeFMCENet) and as_oracle("ridge").penalty == 1
-    with pytest.raises(OracleFileError, match="there is no such file"): as_oracle("universal")
+    assert as_oracle("universal").kind == "universal" and as_oracle("quality").card["data"]["runs"] == 111
+    with pytest.raises(OracleFileError, match="there is no such file"): as_oracle("fitted")  # belongs to one network
     RidgeFMCENet(3.).save("named"); os.rename("named", "ridge")
     assert as_oracle("ridge").penalty == 3
 

@@ -82,11 +82,12 @@ def _report_images(data, root, size, no_labels):
     kwargs = {} if root is None else {'root':root}
     return get_dls(data, size=size, bs=64, **kwargs).valid, 'validation split'
 
-def _report_oracle(oracle):
-    "The oracle in a file, in a folder or on the Hub, or of this name; by default, ridge."
+def _report_oracle(oracle, control):
+    "The oracle in a file, in a folder or on the Hub, or of this name; by default as in `fmce_report`."
     import fmce_fastai.hub.transfer  # for `as_oracle`
     from fmce_fastai.oracle.base import as_oracle
-    return as_oracle(oracle or 'ridge')
+    from fmce_fastai.report.report import default_oracle
+    return as_oracle(oracle or default_oracle(control))
 
 def _check_has_scores(oracle, no_labels, images):
     "Raise `CommandError` where images are to be drawn by scores that there will not be."
@@ -168,7 +169,7 @@ def fmce_report(
     # Use no class labels: a folder of images then needs no subfolders, and there is FMCS only with a
     # fitted --oracle
     no_labels:store_true=False,
-    oracle:str=None, # An oracle's file, its name on the Hub, or quality or universal (default: ridge)
+    oracle:str=None, # An oracle's file, its name on the Hub, or kind (default: ridge, with --control universal)
     csv:str=None, # Also write the table to this file (default: no file)
     plot:str=None, # Also draw the bars into this file, such as report.png (default: no file)
     # Also draw the images whose last maps are least and most converged into this file (default: no file)
@@ -187,7 +188,7 @@ def fmce_report(
                             no_labels=no_labels or None)
         if data is None: _check_needs_no_images(**needs_images)
         side = size or (64 if data else None)
-        scorer = _report_oracle(oracle) if data else None
+        scorer = _report_oracle(oracle, control) if data else None
         if data: _check_has_scores(scorer, no_labels, images)
         dl,which = _report_images(data, root, side, no_labels) if data else (None, '')
         model,keys = report_model(arch, weights, pretrained, side)

@@ -129,7 +129,7 @@ def fmce_study(
     # digits, scratch, few-images, paper, paper-mini: where settings come from that are not given
     preset:str='digits',
     # Arms, separated by commas, such as plain,ral-universal,l2-sp@0.01,mixup; joined by + they are trained
-    # together (the page study.arms lists them; default: the preset's)
+    # together; the page study.arms lists them (default: the preset's)
     arms:str=None,
     primary:str=None, # The arm of the primary contrast, against plain (default: the preset's)
     alphas:str=None, # Representation Abstraction Factors, such as 0.7,0.9 (default: the preset's)
