@@ -194,6 +194,31 @@ def searched(n_train):
     return table(["form", "alpha", "seeds", "validation accuracy, %", "difference to plain, points", "of single seeds"], sorted(rows, key=lambda r: -float(r[4] or 0)))
 
 
+SCREENED = {"ral": "universal oracle", "ridge": "ridge", "ridge.1": "ridge, penalty 0.1", "quality": "quality oracle", "alignment": "plain alignment", "ridge-ce": "cross-entropy of ridge's predictions", "supcon": "supervised contrastive"}
+PARTS = {"manifold-mixup": "MixUp of maps", "keep-similarities": "the start's similarities kept", "plain": "plain"}
+BANKS = {"-copies": "copies in", "-bank": "copies out"}
+
+
+def screened():
+    "Losses on the last blocks of a network whose front is fixed, validation images."
+    found = {}
+    for r in rows_of("loss_screen"): found.setdefault(r["variant"], {})[r["setting"], r["seed"]] = 100 * float(r["accuracy"])
+    plain, rows = found.pop("plain"), []
+    for variant, v in found.items():
+        loss, bank, others = "", "none", []
+        for part in variant.split("+"):
+            name = part.partition(":")[0]
+            if name in PARTS: others.append(PARTS[name])
+            else:
+                end = next((e for e in BANKS if name.endswith(e)), "")
+                loss, bank = SCREENED[name.removesuffix(end)], BANKS.get(end, "none")
+        by = {s: [v[k] - plain[k] for k in v if k[0] == s and k in plain] for s in ("fashion-5", "clipart-5")}
+        if min(map(len, by.values())) < 8: continue
+        both = [d for b in by.values() for d in b]
+        rows.append([loss or "none", bank, ", ".join(others), len(by["fashion-5"]), *(f"{statistics.mean(b):+.1f}" for b in by.values()), f"{statistics.mean(both):+.1f} ± {statistics.stdev(both) / len(both) ** .5:.1f}"])
+    return table(["loss", "memory bank", "with", "seeds", "FashionMNIST", "OpenClipart", "both, and standard error"], sorted(rows, key=lambda r: -float(r[-1].split()[0])))
+
+
 def studied(name):
     "The table of a study in `benchmarks/studies`."
     rows, number = [], lambda r, k, f: format(float(r[k]), f) if r[k] else ""
@@ -287,7 +312,7 @@ PAGES = {"held_out_quality": (held_out_quality, "03k_oracle.ridge"), "groups": (
          "families": (families, "tutorials/choosing_modules"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
-PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results")}
+PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results"), "screened": (screened, "results")}
 
 # In the README
 TABLES = {"in_short": in_short}
