@@ -195,7 +195,7 @@ def searched(n_train):
 
 
 SCREENED = {"ral": "universal oracle", "ridge": "ridge", "ridge.1": "ridge, penalty 0.1", "quality": "quality oracle", "alignment": "plain alignment", "ridge-ce": "cross-entropy of ridge's predictions", "supcon": "supervised contrastive"}
-PARTS = {"manifold-mixup": "MixUp of maps", "keep-similarities": "the start's similarities kept", "plain": "plain"}
+BESIDE = {"manifold-mixup": "MixUp of maps", "keep-similarities": "the start's similarities kept", "plain": "plain"}
 BANKS = {"-copies": "copies in", "-bank": "copies out"}
 
 
@@ -208,7 +208,7 @@ def screened():
         loss, bank, others = "", "none", []
         for part in variant.split("+"):
             name = part.partition(":")[0]
-            if name in PARTS: others.append(PARTS[name])
+            if name in BESIDE: others.append(BESIDE[name])
             else:
                 end = next((e for e in BANKS if name.endswith(e)), "")
                 loss, bank = SCREENED[name.removesuffix(end)], BANKS.get(end, "none")
