@@ -3,6 +3,7 @@ import os
 import warnings
 
 import pytest
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -58,7 +59,15 @@ def told(predicted, y):
     shares = shares/shares.sum(1, keepdim=True)
     p = torch.softmax(predicted/predicted.square().mean().sqrt(), 1)
     guess = sum(shares[:, c].mean()**2 for c in range(shares.shape[1]))
-    return torch.stack([(p[i] @ shares[i] - guess)/(1 - guess) for i in range(len(p))])
+    return torch.stack([(p[i] @ shares[i] - guess)/(1 - guess) for i in range(len(p))])/sure(vectors_of(y))
+
+def sure(shares):
+    "The same for certain predictions of as many classes of equal frequency as a guess is up against."
+    c = float(1/(shares.sum(0)/shares.sum()).square().sum())
+    right, wrong = 1 - 1/c, -1/c  # a centred class vector
+    unit = ((right**2 + (c - 1)*wrong**2)/c)**.5
+    p = np.exp(right/unit)/(np.exp(right/unit) + (c - 1)*np.exp(wrong/unit))
+    return (p - 1/c)/(1 - 1/c)
 
 def errors_of(scores): return -scores.logits.log_softmax(-1)[..., -1]
 
@@ -77,7 +86,7 @@ def test_an_error_is_that_of_a_regression_on_the_other_images(penalty, targets):
     want, predicted = refitted(fmap, y, penalty)
     scores, want, probability = RidgeFMCENet(penalty)({"m": fmap}, y), want.float(), told(predicted, y).float()
     mean, own = probability.mean(), .3*(probability - probability.mean())
-    probability = mean + own*(mean/-own.min()).clamp(max=1)
+    probability = (mean.clamp(max=1) + own*(mean/-own.min()).clamp(max=1)).clamp(max=1)
     assert scores.valid.all()
     assert_close(errors_of(scores)[:, 0], want, atol=2e-5, rtol=2e-5)
     assert_close(scores.fmcs[:, 0], probability, atol=5e-5, rtol=0)

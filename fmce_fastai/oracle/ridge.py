@@ -6,8 +6,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.ridge.html.md"""
 
 # %% auto #0
 __all__ = ['OWN', 'squared_errors', 'left_out_residuals', 'class_spread', 'centred_classes', 'class_rows', 'channel_cosines',
-           'told_probability', 'left_out_scores', 'image_scores', 'error_levels', 'check_penalty', 'ClosedFormFMCENet',
-           'plan_of', 'RidgeFMCENet']
+           'told_probability', 'certainty', 'effective_classes', 'left_out_scores', 'image_scores', 'error_levels',
+           'check_penalty', 'ClosedFormFMCENet', 'plan_of', 'RidgeFMCENet']
 
 # %% ../../nbs/03k_oracle.ridge.ipynb #dc647dba
 from numbers import Real
@@ -86,6 +86,23 @@ def told_probability(
     told = ((predicted/scale).softmax(-1)*shares[:n]).sum(-1)
     guess = shares.mean(0).square().sum()
     return (told - guess)/(1 - guess).clamp(min=1e-3)
+
+def certainty(
+    n_classes:torch.Tensor, # Number of classes, of equal frequency; any shape
+) -> torch.Tensor: # Of the same shape
+    "What `told_probability` is where every image's class is predicted without error."
+    c = n_classes.clamp(min=1.5)
+    scale = ((c - 1)/c.square()).sqrt()  # root mean square of centred one-hot vectors
+    others = (c - 1)*torch.exp(-1/scale)
+    guess = 1/c
+    return (1/(1 + others) - guess)/(1 - guess)
+
+def effective_classes(
+    targets:torch.Tensor, # (N,) class labels, or (N, C) shares of class
+) -> torch.Tensor: # Scalar
+    "The number of classes of equal frequency in which a guess is right as often."
+    shares = class_rows(targets).sum(0)
+    return 1/(shares/shares.sum()).square().sum()
 
 def left_out_scores(
     k:torch.Tensor, # (..., N, N) kernels, positive semi-definite
@@ -225,7 +242,7 @@ class RidgeFMCENet(ClosedFormFMCENet):
 
     def score_kernel(self, k, targets, n):
         errors,told = left_out_scores(k, targets, self.penalty, n)
-        return errors, image_scores(told)
+        return errors, image_scores(told/certainty(effective_classes(targets)))
 
     def spec(self): return {**super().spec(), 'penalty':self.penalty}
 

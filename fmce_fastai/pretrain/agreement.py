@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..oracle.quality import N_CONTEXT
+from ..oracle.ridge import certainty
 from .judge import groups_of, spearman
 from .learn import train_quality
 from .readings import snapshot_qualities
@@ -39,7 +41,8 @@ def _learnt(oracle, table):
 def _frame_of(oracle, table, run, quality):
     "The rows of one table."
     rows = run['held_rows' if table['held'] else 'rows']
-    scores = dict(alignment=table['alignment'], error=table['error'], ridge=table['readings'][...,0])
+    unit = certainty(table['context'][...,N_CONTEXT-2].exp())  # of the FMCS of the ridge oracle
+    scores = dict(alignment=table['alignment'], error=table['error'], ridge=table['readings'][...,0]/unit)
     if oracle is not None: scores.update(_learnt(oracle, table))
     n_taps = quality.shape[1]
     at = np.arange(len(rows))
