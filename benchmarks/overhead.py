@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -31,7 +32,7 @@ from fmce_fastai import __version__
 from fmce_fastai.data.torchvision import fashion_mnist_dls
 from fmce_fastai.maps.find import tap_plan
 from fmce_fastai.maps.tap import FeatureTap
-from fmce_fastai.oracle.base import FMCENet
+from fmce_fastai.oracle.base import as_oracle
 from fmce_fastai.oracle.fitted import FittedFMCENet
 from fmce_fastai.train.callback import FMCECallback
 from fmce_fastai.train.recorder import FMCSRecorder
@@ -70,11 +71,11 @@ class AlternatingRAL(FMCECallback):
         if self.is_on: super().after_loss()
 
 
-def step_seconds(root, n_rows, universal=False, memory=0):
-    "Pairs of CPU seconds, of `PAIRS` plain and RAL steps; RAL by a fitted or the universal oracle."
+def step_seconds(root, n_rows, kind="", memory=0):
+    "Pairs of CPU seconds, of `PAIRS` plain and RAL steps; RAL by a fitted oracle, or by one of the given kind."
     n_pairs = WARM + PAIRS * n_rows
     learn, clock = resnet_learner(root, 64 * 2 * n_pairs), StepClock()
-    oracle = FMCENet.universal() if universal else FittedFMCENet(tap_plan(learn.model)).freeze()
+    oracle = as_oracle(kind) if kind else FittedFMCENet(tap_plan(learn.model)).freeze()
     ral = AlternatingRAL(alpha=0.9, oracle=oracle, memory=memory)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, ral])
     if (ral.history.acted != n_pairs).any(): raise SystemExit(f"RAL missed steps:\n{ral.history}")
@@ -173,6 +174,7 @@ def main(
     fitted: int = 12,  # Rows of RAL with a fitted oracle; 0 for none
     universal: int = 12,  # The same with the universal oracle
     memory: int = 12,  # The same with a memory of 200 images
+    others: int = 6,  # The same two with the ridge, the quality and the alignment oracle
     taps: int = 4,  # Blocks of steps with taps alone; 0 for none
     steps: int = 16,  # Steps of such a block
     threads: int = 1,  # Torch threads
@@ -185,9 +187,13 @@ def main(
     recorded = f"{n_train} images, {epochs} epochs, 256 images at 16 snapshots, CPU time"
     measures = [
         ("RAL step", turns, fitted, lambda: step_seconds(root, fitted)),
-        ("RAL step, universal oracle", turns, universal, lambda: step_seconds(root, universal, True)),
+        ("RAL step, universal oracle", turns, universal, lambda: step_seconds(root, universal, "universal")),
         ("RAL step, universal oracle, memory of 200 images", turns, memory,
-         lambda: step_seconds(root, memory, True, 200)),
+         lambda: step_seconds(root, memory, "universal", 200)),
+        *(measure for kind in ("ridge", "quality", "alignment") for measure in (
+            (f"RAL step, {kind} oracle", turns, others, partial(step_seconds, root, others, kind)),
+            (f"RAL step, {kind} oracle, memory of 200 images", turns, others,
+             partial(step_seconds, root, others, kind, 200)))),
         ("taps alone", f"{steps} steps, CPU time", taps,
          lambda: (tap_seconds(root, steps) for _ in range(taps))),
         ("recording", recorded, fits, lambda: (recording_seconds(root, n_train, epochs) for _ in range(fits))),

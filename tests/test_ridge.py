@@ -2,8 +2,8 @@
 import os
 import warnings
 
-import pytest
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback

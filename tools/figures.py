@@ -155,6 +155,26 @@ def held_out_quality():
     return table(["images", "score", "between modules", "over training", "pooled"], rows)
 
 
+def learnt_quality():
+    "The quality oracle where it was not trained."
+    names = {"labelled": "quality oracle", "ridge": "ridge oracle, FMCS", "error": "1 - left-out error", "alignment": "debiased alignment", "ceiling": "a second probe (ceiling)", "free": "quality oracle, without labels"}
+    kinds = {"held": "held out", "eval": "of training", "train": "of training, in training mode"}
+    found = {(r["left_out"], r["mode"], r["images"], r["score"]): r for r in rows_of("quality_oracle")}
+    def cell(r, what):
+        ahead = f" ({float(r[what + '_ahead']):+.2f}, {float(r[what + '_low']):+.2f} to {float(r[what + '_high']):+.2f})" if r["score"] == "labelled" else ""
+        return f"{float(r[what]):.2f}{ahead}"
+    rows = []
+    for mode in kinds:
+        for images in ("64", "256"):
+            for score, name in names.items():
+                for left in ("family", "source") if score in ("labelled", "free") else ("family",):
+                    if score == "free" and images == "256": continue
+                    r = found[left, mode, images, score]
+                    shown = f"{name}, {left} left out" if score in ("labelled", "free") else name
+                    rows.append([f"{images} {kinds[mode]}", shown, *(cell(r, k) for k in ("between", "over", "pooled")), f"{float(r['mae']):.2f}" if r["mae"] else ""])
+    return table(["images", "score", "between modules", "over training", "pooled", "mean error"], rows)
+
+
 def groups():
     "Every family, source and task that was left out."
     found, number = {}, lambda v: f"{float(v):.2f}" if v else "-"
@@ -306,7 +326,7 @@ STUDIES = [f"{p.parent.parent.name}/{p.parent.name}" for p in sorted((BENCHMARKS
 NB = {"pretrain": "08j_pretrain.judge", "report": "05d_report.report", "cam": "07u_study.cams", "fit": "03i_oracle.fit", "taps": "02i_maps.find", "callback": "04i_train.callback"}
 
 # Tables on the pages of notebooks: name -> (function, notebook)
-PAGES = {"held_out_quality": (held_out_quality, "03k_oracle.ridge"), "groups": (groups, NB["pretrain"]), "ablations": (ablations, NB["pretrain"]), "in_a_loss": (in_a_loss, NB["pretrain"]), "untrained_modules": (untrained_modules, NB["report"]), "untrained": (untrained, NB["report"]),
+PAGES = {"learnt_quality": (learnt_quality, "03m_oracle.quality"), "held_out_quality": (held_out_quality, "03k_oracle.ridge"), "groups": (groups, NB["pretrain"]), "ablations": (ablations, NB["pretrain"]), "in_a_loss": (in_a_loss, NB["pretrain"]), "untrained_modules": (untrained_modules, NB["report"]), "untrained": (untrained, NB["report"]),
          "checkpoint_doctor": (checkpoint_doctor, "tutorials/checkpoint"), "probe_modules": (probe_modules, NB["report"]),
          "attention": (attention, NB["cam"]), "finer": (finer, NB["cam"]),
          "families": (families, "tutorials/choosing_modules"),
