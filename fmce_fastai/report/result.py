@@ -149,7 +149,8 @@ class FMCEReport:
         if ax is None: ax = plt.subplots(figsize=(7, 1.3 + .42*n), layout='constrained')[1]
         if self.measured: draw_bars(ax, self.table, odd)
         else: draw_no_bars(ax, n)
-        legend = f'bar: FMCS by {self.oracle}, from 0 to 1; line: 10th to 90th percentile of images'
+        by = self.oracle.removeprefix('the ').removeprefix('a ')
+        legend = f'bar: FMCS ({by}); line: 10th to 90th percentile of images'
         if draw_probe(ax, self.table): legend += "\ndot: probe's accuracy; circle: in a new network"
         ax.set(xlim=(0, 1), xlabel=legend + ('\nhatched: weights as initialised' if odd.any() else ''))
         ax.set(yticks=np.arange(n), yticklabels=self.table.module, ylabel='module, input at the top')
