@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fmce_fastai.oracle.quality import QualityFMCENet
 from fmce_fastai.report.report import fmce_report
 from fmce_fastai.maps.stages import stage_params
 from fmce_fastai.maps.find import tap_plan
@@ -32,6 +33,21 @@ def test_stages_whose_taps_have_no_weights_have_a_control():
     assert report.table.learnt.isna().tolist() == [True, False, False]
     told = [n.split()[0] for n in report.notes if "looks untrained" in n]
     assert set(told) <= {"5", "8"} and report.table.weights.tolist()[1:] == ["as initialised"]*2 and not report.ok
+
+def test_an_oracle_is_told_whether_the_network_was_trained_on_the_images(monkeypatch):
+    learn, told = make_learner(n_train=96), []
+    on = QualityFMCENet.on
+    monkeypatch.setattr(QualityFMCENet, "on", lambda self, plan, held_out=False: told.append(held_out) or on(self, plan, held_out))
+    def scores(*args, **kwargs): return fmce_report(*args, oracle="quality", new_networks=0, bar=False, **kwargs).scores
+    trained, held = scores(learn, learn.dls.train), scores(learn, learn.dls.train, held_out=True)
+    assert np.isfinite(trained).all() and (trained != held).any()
+    scores(learn); scores(learn.model, learn.dls.train)  # a network alone does not tell what it was trained on
+    assert told == [False, True, True, True]
+
+@pytest.mark.parametrize("kwargs, title", [({}, "the ridge oracle"), (dict(control=1), "the universal oracle"), (dict(control=1, oracle="ridge"), "the ridge oracle"), (dict(oracle="alignment"), "the alignment oracle")])
+def test_the_oracle_of_a_report(kwargs, title):
+    report = fmce_report(make_learner(n_train=96), new_networks=0, bar=False, **kwargs)
+    assert report.oracle == title and title in report.title and report.table.fmcs.between(0, 1).all()
 
 def test_images_without_labels():
     x = torch.randn(24, 3, 16, 16)
