@@ -85,6 +85,7 @@ class FMCENet(nn.Module):
       instead of `logits_of` if the score of an image depends on the other images.
     - `check_maps(maps)`: the names of the maps to score, in order, or an `OracleError`. By default, the maps
       must be those of the tap plan.
+    - `best_at(depth)`: the FMCS that the best modules of a depth reach, if that is known.
     - `spec()`: the constructor's arguments as JSON values, for the card. Extend the base class's dict.
     - `from_spec(spec)`: class method; a new oracle with the arguments that `spec()` returned. `load` then
       sets its weights.
@@ -156,6 +157,12 @@ class FMCENet(nn.Module):
     ) -> tuple: # (B, M, K) logits; (B, M) bool, which of them are valid
         "Logits, and which of them are valid: here, those of finite maps."
         return self.logits_of(maps, targets), torch.stack([finite[n] for n in maps], 1)
+
+    def best_at(self,
+        depth:float, # Relative depth of a module, from 0 to 1
+    ) -> float|None:
+        "The FMCS that the best modules of this depth reach; None where the oracle does not know it."
+        return None
 
     def check_maps(self,
         maps:dict, # As given to the oracle

@@ -11,6 +11,7 @@ __all__ = ['PENALTY', 'N_CONTEXT', 'FREE_PENALTIES', 'N_FREE', 'read_map', 'Qual
 # %% ../../nbs/03m_oracle.quality.ipynb #f9c17b26
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -133,6 +134,11 @@ class QualityFMCENet(LearntFMCENet):
         super().__init__(plan, n_levels, width, free_width, min_batch)
         self.labelled = QualityNet(1, N_CONTEXT, n_levels, width)
         self.add_free_net(N_FREE + N_CONTEXT)
+
+    def best_at(self, depth):
+        try: known,best = np.array(self.card['best_by_depth'], float).T
+        except (KeyError, TypeError, ValueError): return None  # a card may hold anything
+        return float(np.interp(depth, known, best))
 
     def score_clean(self, maps, finite, targets):
         if targets is not None: targets = targets.to(self.levels.device)

@@ -127,7 +127,7 @@ def pretrain(
                train_quality(read_readings(out, seen), runs, list(seen), seed))
     how = dict(seed=seed, version=__version__, torch=torch.__version__)
     for oracle in oracles:
-        oracle.card = dict(data=seen_by(seen), fit=how)
+        oracle.card = {**oracle.card, 'data':seen_by(seen), 'fit':how}
         name = f'{oracle.kind}_without_{leave_out}' if leave_out else oracle.kind
         oracle.save(out/f'{name}.safetensors')
     return oracles

@@ -70,11 +70,11 @@ def fmce_report(
     weights = weight_report(model, fresh)
     seeds = [(seed, i) for i in range(control)]
     facts = _look(model, xs, targets, oracle, held_out, taps, seeds, new_networks, fresh, bar)
-    table = _table_of(facts, stage_verdicts(weights, facts.stages))
+    table = _table_of(facts, stage_verdicts(weights, facts.stages), oracle)
     measured = targets is not None or not needs_labels(oracle)
     scores = facts.scores
     if not measured:
-        table[['fmcs', 'low', 'high']] = np.nan
+        table[['fmcs', 'of_best', 'low', 'high']] = np.nan
         scores = np.full_like(scores, np.nan)
     classes = _probe_classes(targets)
     return FMCEReport(facts.plan.arch, table, scores, _notes(table, len(items), measured), items,
@@ -191,7 +191,7 @@ def _probe(model, plan, xs, maps, targets, stages, n_new, fresh):
     return probe_table(map_hits(maps, classes), new)
 
 # %% ../../nbs/05d_report.report.ipynb #9eb8889e
-def _table_of(facts, verdicts):
+def _table_of(facts, verdicts, oracle):
     "`FMCEReport.table`."
     rows = []
     probe = facts.probe.to_dict('records')
@@ -200,8 +200,11 @@ def _table_of(facts, verdicts):
         low,high = np.nanpercentile(fmcs, [10, 90]) if scored.any() else (np.nan, np.nan)
         rows.append(dict(module=tap.name, depth=round(tap.depth, 3), channels=tap.channels,
                          grid='x'.join(map(str, tap.grid)), weights=verdict, **read,
-                         fmcs=mean_score(fmcs), low=low, high=high, images=int(scored.sum()), learnt=gain))
+                         fmcs=mean_score(fmcs), of_best=_of_best(mean_score(fmcs), oracle.best_at(tap.depth)),
+                         low=low, high=high, images=int(scored.sum()), learnt=gain))
     return pd.DataFrame(rows)
+
+def _of_best(score, best): return score/best if best else np.nan
 
 def _notes(table, n, measured):
     "Warnings about rows of the table, and whether there is any FMCS, as sentences."

@@ -61,6 +61,7 @@ class FMCEReport:
     - `probe` (leave-one-out accuracy of a linear probe), `new` (the same in newly initialised networks),
       `added` (their difference), `added_low`, `added_high` (its 95 % interval);
     - `fmcs` (mean over images), `low`, `high` (10th and 90th percentile over images);
+    - `of_best` (`fmcs` as a share of what the best modules of this depth reach; only with the quality oracle);
     - `images` (number of images that have a score; without FMCS, of those whose map could have one);
     - `learnt` (FMCS that the stage's own weights add; only with `control`, see `fmce_report`).
 
