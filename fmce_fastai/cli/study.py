@@ -126,7 +126,7 @@ _NOT_SETTINGS = ('out', 'preset', 'jobs', 'shard', 'report', 'merge', 'choices_o
 @command
 def fmce_study(
     out:str, # Folder of the study; an interrupted study there is resumed
-    # digits, scratch, few-images, paper, paper-mini: where settings come from that are not given
+    # digits, scratch, few-images, rivals, paper, paper-mini: where settings come from that are not given
     preset:str='digits',
     # Arms, separated by commas, such as plain,ral-universal,l2-sp@0.01,mixup; joined by + they are trained
     # together; the page study.arms lists them (default: the preset's)
