@@ -306,6 +306,12 @@ def test_report_with_and_without_labels():
     assert report.oracle == "the ridge oracle" and report.measured and report.table.fmcs.between(0, 1).all()
     report = fmce_report(learn, learn.dls.train, oracle="ridge", labels=False, bar=False, new_networks=0)
     assert not report.measured and report.table.fmcs.isna().all() and len(report.notes) == 1 and "without class labels this oracle" in report.notes[0]
+    assert report.oracle == "the ridge oracle"
+    plan = tap_plan(learn.model, size=16)
+    plan = plan.subset(plan.names[-1:])
+    for labels in (True, False):
+        report = fmce_report(learn, oracle=RidgeFMCENet(plan=plan), labels=labels, bar=False, new_networks=0)
+        assert report.table.module.tolist() == plan.names and report.table.images.tolist() == [len(report.scores)]
 
 def test_study_arms(tmp_path):
     assert {"ridge", "ridge-memory", "alignment-memory"} <= set(ARMS)

@@ -55,8 +55,9 @@ def fmce_report(
     `learnt` is a control of the scores: FMCS of a module's map minus that of the same map after the
     entries of the stage's own weight tensors were shuffled, both with batch statistics. It takes
     `control` passes over the images per module, and needs class labels and an oracle for any network; its
-    thresholds were measured with the universal one, which is then the default. A stage whose score is below `HIGH` (0.7) and falls by less than `LEAST_LEARNT` (0.03) looks untrained, or is
-    of no use for these classes.
+    thresholds were measured with the universal one, which is then the default. A stage whose score is
+    below `HIGH` (0.7) and falls by less than `LEAST_LEARNT` (0.03) looks untrained, or is of no use for
+    these classes.
 
     Raises `TypeError` if the first argument is not a Learner or network, or `dl` not a loader;
     `ValueError` without images or with too few; `TapError` if no maps can be read."""
@@ -65,8 +66,6 @@ def fmce_report(
     if held_out is None: held_out = not _trained_on(learn_or_model, dl)
     items = _sample_items(dl, n_images, oracle, seed)
     xs,targets = _read_images(dl, items, labels)
-    if targets is None and not oracle.scores_unlabelled:
-        oracle = FMCENet.universal()  # not for its scores: it tells which maps can be read
     weights = weight_report(model, fresh)
     seeds = [(seed, i) for i in range(control)]
     facts = _look(model, xs, targets, oracle, held_out, taps, seeds, new_networks, fresh, bar)
@@ -170,6 +169,8 @@ def _look(model, xs, targets, oracle, held_out, taps, seeds, n_new, fresh, bar):
         model.eval()
         plan = oracle.plan or tap_plan(model, taps, x=network_inputs(model, first_rows(xs[0]), device))
         scorer = oracle.cpu() if oracle.plan is not None else oracle.cpu().on(plan, held_out)
+        if targets is None and not oracle.scores_unlabelled:
+            scorer = FMCENet.universal().on(plan)  # not for its scores: it tells which maps can be read
         maps,stages = image_maps(model, plan, xs, device),stage_params(model, plan)
         probe = _probe(model, plan, xs, maps, targets, stages, n_new, fresh)
         learnt = np.full(len(plan), np.nan)
