@@ -142,36 +142,39 @@ def probe_modules():
     return table(["evidence", *settings.values(), "all"], lines)
 
 
+IMAGES = {"held": "held out", "eval": "of training", "train": "of training, in training mode"}  # by mode
+
+
+def agreement_cells(row, own):
+    "Agreement with the quality; for the score `own` also its lead and interval."
+    def cell(what):
+        if not row[what]: return "-"
+        ahead = f" ({float(row[what + '_ahead']):+.2f}, {float(row[what + '_low']):+.2f} to {float(row[what + '_high']):+.2f})" if row["score"] == own else ""
+        return f"{float(row[what]):.2f}{ahead}"
+    return [cell(what) for what in ("between", "over", "pooled")]
+
+
 def held_out_quality():
     "Which score tells what a probe reads on new images."
     names = {"ridge": "ridge oracle, FMCS", "universal": "universal oracle, FMCS", "error": "ridge oracle, 1 - left-out error", "alignment": "debiased alignment", "ceiling": "a second probe (ceiling)"}
-    def cell(r, what):
-        if not r[what]: return "-"
-        ahead = f" ({float(r[what + '_ahead']):+.2f}, {float(r[what + '_low']):+.2f} to {float(r[what + '_high']):+.2f})" if r["score"] == "ridge" else ""
-        return f"{float(r[what]):.2f}{ahead}"
-    kinds = {"held": "held out", "eval": "of training", "train": "of training, in training mode"}
-    rows = [[f"{r['images']} {kinds[r['mode']]}", names[r["score"]], *(cell(r, k) for k in ("between", "over", "pooled"))]
-            for mode in kinds for r in rows_of("held_out_quality") if r["subset"] == "other" and r["mode"] == mode and not (r["images"] == "256" and r["score"] == "universal")]
+    rows = [[f"{r['images']} {IMAGES[r['mode']]}", names[r["score"]], *agreement_cells(r, "ridge")]
+            for mode in IMAGES for r in rows_of("held_out_quality") if r["subset"] == "other" and r["mode"] == mode and not (r["images"] == "256" and r["score"] == "universal")]
     return table(["images", "score", "between modules", "over training", "pooled"], rows)
 
 
 def learnt_quality():
     "The quality oracle where it was not trained."
     names = {"labelled": "quality oracle", "ridge": "ridge oracle, FMCS", "error": "1 - left-out error", "alignment": "debiased alignment", "ceiling": "a second probe (ceiling)", "free": "quality oracle, without labels"}
-    kinds = {"held": "held out", "eval": "of training", "train": "of training, in training mode"}
     found = {(r["left_out"], r["mode"], r["images"], r["score"]): r for r in rows_of("quality_oracle")}
-    def cell(r, what):
-        ahead = f" ({float(r[what + '_ahead']):+.2f}, {float(r[what + '_low']):+.2f} to {float(r[what + '_high']):+.2f})" if r["score"] == "labelled" else ""
-        return f"{float(r[what]):.2f}{ahead}"
     rows = []
-    for mode in kinds:
+    for mode in IMAGES:
         for images in ("64", "256"):
             for score, name in names.items():
                 for left in ("family", "source") if score in ("labelled", "free") else ("family",):
                     if score == "free" and images == "256": continue
                     r = found[left, mode, images, score]
                     shown = f"{name}, {left} left out" if score in ("labelled", "free") else name
-                    rows.append([f"{images} {kinds[mode]}", shown, *(cell(r, k) for k in ("between", "over", "pooled")), f"{float(r['mae']):.2f}" if r["mae"] else ""])
+                    rows.append([f"{images} {IMAGES[mode]}", shown, *agreement_cells(r, "labelled"), f"{float(r['mae']):.2f}" if r["mae"] else ""])
     return table(["images", "score", "between modules", "over training", "pooled", "mean error"], rows)
 
 

@@ -10,7 +10,7 @@ __all__ = ['AlignmentFMCENet']
 # %% ../../nbs/03n_oracle.alignment.ipynb #8eff1c5c
 import torch
 
-from .kernels import alignment, double_center, inner, same_class, u_center
+from .kernels import alignment, double_center, same_class, u_center
 from .ridge import ClosedFormFMCENet, image_scores
 
 # %% ../../nbs/03n_oracle.alignment.ipynb #f00d0634
@@ -25,8 +25,7 @@ class AlignmentFMCENet(ClosedFormFMCENet):
 
     def score_kernel(self, k, targets, n):
         same = same_class(targets)
-        centred,classes = double_center(k),double_center(same)
-        cka = inner(centred, classes)/(inner(centred, centred)*inner(classes, classes)).clamp(min=1e-20).sqrt()
+        cka = alignment(double_center(k), double_center(same))
         u,v = u_center(k),u_center(same)
         lengths = (u.square().sum(1)*v.square().sum(1)).clamp(min=1e-20).sqrt()
         rows = ((u*v).sum(1)/lengths)[:n]

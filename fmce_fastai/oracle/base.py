@@ -317,14 +317,15 @@ def as_oracle(
 ) -> FMCENet|None: # None for None
     """The oracle itself: an oracle as it is, a file or repository loaded, a kind by its name; frozen.
 
-    A name stands for a kind without weights, or for the weights that ship with the package. A path that exists takes precedence over a repository or kind of the same name. Raises `TypeError` for
-    anything else; `OracleFileError` for a file that is missing or no oracle; for a repository what
+    A name stands for a kind without weights, or for the weights that ship with the package. A path that
+    exists takes precedence over a repository or kind of the same name. Raises `TypeError` for anything else; `OracleFileError` for a file that is missing or no oracle; for a repository what
     `FMCENet.from_pretrained` raises, or `ImportError` if `fmce_fastai.hub.transfer` is not imported."""
     if oracle is None or isinstance(oracle, FMCENet): return oracle
     if not isinstance(oracle, (str, os.PathLike)) or not str(oracle):
         given = repr(oracle) if isinstance(oracle, str) else f'a {type(oracle).__name__}'
         raise TypeError(f"oracle is {given}; accepted are an FMCENet, the path of an oracle's file, "
-                        "'owner/name' on the Hugging Face Hub, 'universal', 'quality', 'ridge', 'alignment', and None.")
+                        "'owner/name' on the Hugging Face Hub, 'universal', 'quality', 'ridge', 'alignment', "
+                        "and None.")
     path = Path(oracle).expanduser()
     if (kind := _kind_that_is_there(oracle, path)) is not None:
         return FMCENet.load(shipped_file(kind.shipped)) if kind.shipped else kind().freeze()

@@ -111,10 +111,10 @@ def inner(
     return (u*v).sum((-1,-2))
 
 def alignment(
-    u:torch.Tensor, # (..., n, n), U-centred
-    v:torch.Tensor, # (..., n, n), U-centred
+    u:torch.Tensor, # (..., n, n), centred
+    v:torch.Tensor, # (..., n, n), centred in the same way
 ) -> torch.Tensor: # (...,) from -1 to 1
-    "Inner product of U-centred matrices, divided by their lengths: debiased CKA."
+    "Inner product of centred matrices, divided by their lengths: CKA, debiased if they are U-centred."
     return inner(u, v)/(inner(u, u)*inner(v, v)).clamp(min=1e-20).sqrt()
 
 def same_class(

@@ -20,7 +20,7 @@ from ..maps.plan import TapPlan
 from .batch import fill_in, LearntFMCENet, level_log_probs
 from .kernels import (
     cosines, gram_views, has_pair, kernels, N_KERNELS, same_class, similarity_moments, u_center)
-from .ridge import class_rows, left_out_residuals, left_out_scores, OWN
+from .ridge import guess_rate, left_out_residuals, left_out_scores, OWN
 
 # %% ../../nbs/03m_oracle.quality.ipynb #bc7429e4
 PENALTY = 1.  # Lambda
@@ -88,9 +88,7 @@ def batch_context(
 
 def _log_classes(targets):
     "Log of the effective number of classes; 0 without labels."
-    if targets is None: return 0.
-    shares = class_rows(targets).mean(0)
-    return -math.log(float((shares/shares.sum()).square().sum()))
+    return 0. if targets is None else -math.log(float(guess_rate(targets)))
 
 def free_readings(
     grams:torch.Tensor, # (..., 2, n, n) Gram matrices

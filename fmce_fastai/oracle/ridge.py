@@ -6,8 +6,8 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/oracle.ridge.html.md"""
 
 # %% auto #0
 __all__ = ['OWN', 'squared_errors', 'left_out_residuals', 'class_spread', 'centred_classes', 'class_rows', 'channel_cosines',
-           'told_probability', 'certainty', 'effective_classes', 'left_out_scores', 'image_scores', 'error_levels',
-           'check_penalty', 'ClosedFormFMCENet', 'plan_of', 'RidgeFMCENet']
+           'told_probability', 'certainty', 'guess_rate', 'effective_classes', 'left_out_scores', 'image_scores',
+           'error_levels', 'check_penalty', 'ClosedFormFMCENet', 'RidgeFMCENet']
 
 # %% ../../nbs/03k_oracle.ridge.ipynb #dc647dba
 from numbers import Real
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ..maps.plan import TapPlan
 from .base import Scores
-from .batch import BatchFMCENet, fill_in
+from .batch import BatchFMCENet, fill_in, plan_of
 from .kernels import cosines, has_pair, same_class
 
 # %% ../../nbs/03k_oracle.ridge.ipynb #4814b1a0
@@ -97,12 +97,18 @@ def certainty(
     guess = 1/c
     return (1/(1 + others) - guess)/(1 - guess)
 
+def guess_rate(
+    targets:torch.Tensor, # (N,) class labels, or (N, C) shares of class
+) -> torch.Tensor: # Scalar
+    "How often a guess by frequency is right."
+    shares = class_rows(targets).mean(0)
+    return (shares/shares.sum()).square().sum()
+
 def effective_classes(
     targets:torch.Tensor, # (N,) class labels, or (N, C) shares of class
 ) -> torch.Tensor: # Scalar
     "The number of classes of equal frequency in which a guess is right as often."
-    shares = class_rows(targets).sum(0)
-    return 1/(shares/shares.sum()).square().sum()
+    return 1/guess_rate(targets)
 
 def left_out_scores(
     k:torch.Tensor, # (..., N, N) kernels, positive semi-definite
@@ -214,11 +220,6 @@ class ClosedFormFMCENet(BatchFMCENet):
 
     @classmethod
     def from_spec(cls, spec): return cls(min_batch=int(spec['min_batch']), plan=plan_of(spec))
-
-def plan_of(
-    spec:dict, # From an oracle's `spec()`
-) -> TapPlan|None:
-    return TapPlan.from_dict(spec['plan']) if spec.get('plan') else None
 
 # %% ../../nbs/03k_oracle.ridge.ipynb #c14ccb70
 class RidgeFMCENet(ClosedFormFMCENet):

@@ -81,6 +81,9 @@ def _scratch(n_images):
     return {'shufflenet_v2_x0_5':shufflenet, 'resnet10t':resnet}
 
 # %% ../../nbs/07r_study.presets.ipynb #cdd68d05
+_LITE0 = dict(arch='tf_efficientnet_lite0', weights='efficientnet-lite0', head='linear', lrs=(3e-3,),
+              body_lr=.3, freeze_norm=True, channels_last=True, seeds=tuple(range(10)))
+
 def _few_images(n_classes, n_images):
     "Pretrained weights and few images; forms and rates come from `benchmarks/search.py`."
     five = Study(
@@ -89,9 +92,7 @@ def _few_images(n_classes, n_images):
               'ral-universal+mixup@0.97'),
         primary='ral-memory@0.97',
         data='fashion_mnist', root='data', n_train=5*n_classes, n_eval=3000, size=48, bs=25,
-        arch='tf_efficientnet_lite0', weights='efficientnet-lite0', head='linear',
-        epochs=50, lrs=(3e-3,), body_lr=.3, freeze_norm=True, channels_last=True,
-        seeds=tuple(range(10)))
+        epochs=50, **_LITE0)
     twenty = replace(
         five, n_train=20*n_classes, epochs=20, size=64, alphas=(.5, .9),
         arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal', 'ral-memory@0.97'))
@@ -118,9 +119,7 @@ def _rivals(n_classes, n_images):
     study = Study(
         arms=_RIVALS, primary='ral-memory@0.97',
         data='openclipart', n_train=_at_most(10*n_classes, n_images), size=64, bs=25,
-        arch='tf_efficientnet_lite0', weights='efficientnet-lite0', head='linear',
-        epochs=25, lrs=(3e-3,), body_lr=.3, freeze_norm=True, channels_last=True,
-        seeds=tuple(range(10)))
+        epochs=25, **_LITE0)
     return {'10-a-class':study}
 
 # %% ../../nbs/07r_study.presets.ipynb #ea5b35f9
