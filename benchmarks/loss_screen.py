@@ -4,8 +4,10 @@
     python benchmarks/loss_screen.py --report
 
 EfficientNet-Lite0 with ImageNet weights: stem and blocks 0 to 3 stay as they are, blocks 4 to 6 and the linear head
-are trained. No image is augmented, so the maps of block 3 are computed once. Everything else as in
-`loss_search.py`, whose losses and variants (without MixUp of pixels) it uses. `manifold-mixup` mixes the kept maps."""
+are trained. The maps of block 3 are computed once, of each image and of its mirror image. Everything else as in
+`loss_search.py`, whose losses and variants (without MixUp of pixels) it uses. `manifold-mixup` mixes the kept maps,
+`flip` trains on image or mirror image, `-last` adds the map that the head pools to the taps, `-head` puts a small
+network between the channel means and the loss, as supervised contrastive learning does."""
 import copy
 import time
 from types import SimpleNamespace
@@ -38,7 +40,7 @@ def front(net, x):
 
 @torch.no_grad()
 def kept(data):
-    "Maps of block 3, labels, groups of related images, and True for images that may be trained on."
+    "Maps of block 3 (N, 2, C, H, W) of image and mirror image, labels, groups of related images, which may be trained on."
     if data in _cache: return _cache[data]
     net = network()
     if data == 'clipart':
@@ -57,7 +59,8 @@ def kept(data):
         n = [len(l.dataset) for l in loaders]
         train = np.repeat([True, False], n)
         groups = np.arange(sum(n))
-    x,y = zip(*((front(net, x.as_subclass(torch.Tensor)), y.as_subclass(torch.Tensor)) for l in loaders for x,y in l))
+    batches = [(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for l in loaders for x,y in l]
+    x,y = zip(*((torch.stack([front(net, x), front(net, x.flip(3))], 1), y) for x,y in batches))
     _cache[data] = torch.cat(x),torch.cat(y),np.asarray(groups),np.asarray(train)
     return _cache[data]
 
@@ -123,7 +126,9 @@ class Tail(nn.Module):
         for i,s in enumerate(self.stages):
             x = s(x)
             if maps is not None and i != 1: maps[f'blocks.{i+4}'] = as_map(x)
-        return self.head(F.hardtanh(self.last(x), 0, 6).mean(2).T)
+        x = F.hardtanh(self.last(x), 0, 6)
+        if maps is not None: maps['last'] = as_map(x)
+        return self.head(x.mean(2).T)
 
 def as_map(x):
     side = int(x.shape[2]**.5)
@@ -140,7 +145,8 @@ def screen(name, setting_name, seed):
     held = np.flatnonzero(~np.isin(groups, groups[chosen]) & (np.ones_like(train) if data == 'clipart' else ~train))
     model = Tail(n_classes, seed, x.shape[-1])
     losses = [PARTS(part, model) for part in name.split('+')]
-    opt = torch.optim.AdamW([dict(params=model.body(), lr=9e-4), dict(params=model.head.parameters(), lr=3e-3)], weight_decay=.01)
+    quick = [*model.head.parameters(), *(p for l in losses for p in l.parameters())]
+    opt = torch.optim.AdamW([dict(params=model.body(), lr=9e-4), dict(params=quick, lr=3e-3)], weight_decay=.01)
     bs,n_steps = min(25, len(chosen)),STEPS[a_class]
     if data == 'glyphs': bs,n_steps = 50,2*n_steps
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, [9e-4, 3e-3], total_steps=n_steps+1, pct_start=.25, div_factor=25, final_div_factor=1e4, base_momentum=.85)
@@ -150,7 +156,7 @@ def screen(name, setting_name, seed):
         ids,queue = np.array(queue[:bs]),queue[bs:]
         torch.manual_seed(1000*seed + step)
         b = chosen[ids]
-        state = SimpleNamespace(model=model, x=x[b], y=y[b], targets=y[b], ids=torch.from_numpy(ids), step=step, done=step/n_steps, maps={}, loss=F.cross_entropy)
+        state = SimpleNamespace(model=model, x=x[b,0], mirrored=x[b,1], y=y[b], targets=y[b], ids=torch.from_numpy(ids), step=step, done=step/n_steps, maps={}, loss=F.cross_entropy)
         for l in losses: l.before(state)
         state.out = model(state.x, state.maps)
         state.total = state.loss(state.out, state.targets)
@@ -162,25 +168,33 @@ def screen(name, setting_name, seed):
         sched.step()
     with torch.no_grad():
         final = getattr(losses[-1], 'final', lambda m: m)(model)
-        p = torch.cat([final(b).log_softmax(1) for b in x[held].split(250)])
+        p = torch.cat([final(b).log_softmax(1) for b in x[held,0].split(250)])
     t = y[held]
     return dict(setting=setting_name, variant=name, seed=seed, accuracy=round(float((p.argmax(1) == t).float().mean()), 5),
                 images=len(t), loss=round(float(F.nll_loss(p, t)), 5), seconds=round(time.process_time()-start, 1), torch=torch.__version__)
+
+CHANNELS = {'blocks.4':112, 'blocks.6':320, 'last':1280}
+def projection_head(channels, n_out=128): return nn.Sequential(nn.Linear(channels, n_out), nn.ReLU(), nn.Linear(n_out, n_out))
 
 class Part:
     "Part of a variant: acts before the forward, on the loss, after the step."
     def before(self, s): pass
     def after(self, s): pass
     def stepped(self, s): pass
+    def parameters(self): return []
 
 class OnMaps(Part):
     "A loss on features of the last taps, among the images of a bank."
-    def __init__(self, fn, alpha, bank='', taps=2, view='means', schedule=None, size=200, weights=None, add=False):
+    def __init__(self, fn, alpha, bank='', taps=2, view='means', schedule=None, size=200, weights=None, add=False,
+                 last=False, head=False):
         self.fn,self.alpha,self.taps,self.view,self.schedule,self.weights,self.add = fn,alpha,taps,view,schedule,weights,add
-        self.bank = Bank(bank, size)
+        self.bank,self.last = Bank(bank, size),last
+        self.heads = {n:projection_head(c) for n,c in CHANNELS.items()} if head else {}
+    def parameters(self): return [p for h in self.heads.values() for p in h.parameters()]
     def read(self, m): return {'means':lambda m: m.mean((2,3)), 'flat':lambda m: m.flatten(1), 'map':lambda m: m}[self.view](m)
+    def names(self, s): return [n for n in s.maps if n != 'last' or self.last][-self.taps:]
     def after(self, s):
-        feats = {n:self.read(m) for n,m in list(s.maps.items())[-self.taps:]}
+        feats = {n:self.heads.get(n, nn.Identity())(self.read(s.maps[n])) for n in self.names(s)}
         joined,targets = self.bank.join(s.ids, feats, s.targets)
         per_tap = torch.stack([self.fn(x, targets, len(s.ids)) for x in joined.values()])
         aux = (per_tap*per_tap.detach()).sum()/per_tap.detach().sum() if self.weights == 'gain' else per_tap.mean()
@@ -194,7 +208,7 @@ class Oracle(OnMaps):
     def __init__(self, path, alpha, kind='nll', **kwargs):
         super().__init__(None, alpha, view='map', **kwargs)
         oracle = loss_search.FMCENet.load(path)
-        depths = {'blocks.4':.72, 'blocks.6':1.}
+        depths = {'blocks.4':.72, 'blocks.6':1., 'last':1.}
         def score(x, targets, n, name):
             labels = loss_search.same_class(targets) if oracle.kind == 'universal' else targets
             logits,valid = oracle.score_map(loss_search.pool_map(x), labels, depths[name])
@@ -202,9 +216,13 @@ class Oracle(OnMaps):
             return (loss*valid[:n]).sum()/valid[:n].sum().clamp(min=1)
         self.score = score
     def after(self, s):
-        names = iter(list(s.maps)[-self.taps:])
+        names = iter(self.names(s))
         self.fn = lambda x, t, n: self.score(x, t, n, next(names))
         super().after(s)
+
+class Flip(Part):
+    "Image or mirror image, at random."
+    def before(self, s): s.x = torch.where((torch.rand(len(s.x)) < .5)[:,None,None,None], s.mirrored, s.x)
 
 class KeepStart(Part):
     "Distance to the start's maps ('maps') or to their similarities ('similarities')."
@@ -215,7 +233,7 @@ class KeepStart(Part):
         maps = {}
         with torch.no_grad(): self.start(s.x, maps)
         losses = []
-        for n in list(maps)[-2:]:
+        for n in ('blocks.4', 'blocks.6'):
             a,b = s.maps[n],maps[n]
             if self.kind == 'maps': losses.append((a-b).square().mean()/b.square().mean())
             else:
@@ -252,13 +270,14 @@ def PARTS(part, model):
     name,_,alpha = part.partition(':')
     alpha = float(alpha or 0)
     if name == 'plain': return Part()
+    if name == 'flip': return Flip()
     if name == 'smooth': return LabelSmoothing()
     if name == 'ema': return Average(alpha)
     if name == 'manifold-mixup': return ManifoldMixUp(alpha or .4)
     if name in ('keep-maps', 'keep-similarities'): return KeepStart(alpha, name.removeprefix('keep-'))
     options = {}
     for end,value in (('-add', dict(add=True)), ('-fall', dict(schedule='fall')), ('-rise', dict(schedule='rise')), ('-gain', dict(weights='gain')), ('-flat', dict(view='flat')),
-                      ('-taps1', dict(taps=1)), ('-taps3', dict(taps=3)), ('-bank', dict(bank='bank')), ('-copies', dict(bank='copies')), ('-long', dict(size=2000))):
+                      ('-head', dict(head=True)), ('-taps1', dict(taps=1)), ('-taps3', dict(taps=3)), ('-last', dict(last=True)), ('-bank', dict(bank='bank')), ('-copies', dict(bank='copies')), ('-long', dict(size=2000))):
         if name.endswith(end): name,options = name.removesuffix(end),{**options, **value}
     if name.removesuffix('-gap') in loss_search.ORACLES:
         return Oracle(loss_search.ORACLES[name.removesuffix('-gap')], alpha, 'gap' if 'gap' in name else 'nll', **options)

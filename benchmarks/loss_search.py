@@ -115,10 +115,21 @@ def supcon(x, y, n, temperature=.1):
     paired = (same.sum(1) > 0)[:n]
     return loss[:n][paired].mean() if paired.any() else 0.*x.sum()
 
+def prototypes(x, y, n, temperature=.1):
+    "Cross-entropy of the cosines to the classes' means over the other images (Snell et al., 2017)."
+    y = class_shares(y, int(y.max())+1) if y.ndim == 1 else y
+    x,y = F.normalize(x, dim=1),y[:,y.sum(0) > 0]
+    left = (y.T @ x)[None] - y[:n,:,None]*x[:n,None]               # (n, K, C): sums without the image itself
+    count = y.sum(0) - y[:n]
+    logits = (F.normalize(left, dim=2)*x[:n,None]).sum(2)/temperature
+    logp = logits.masked_fill(count < .5, -1e9).log_softmax(1)
+    target = y[:n]*(count >= .5)
+    return -(target*logp).sum()/target.sum().clamp(min=1e-6)
+
 LOSSES = {'alignment':alignment, 'ridge':ridge, 'ridge.1':partial(ridge, penalty=.1), 'ridge.3':partial(ridge, penalty=.3),
           'ridge3':partial(ridge, penalty=3.), 'ridge10':partial(ridge, penalty=10.),
           'ridge-both':ridge_both, 'ridge-hinge':ridge_hinge, 'ridge-ce':ridge_cross_entropy,
-          'ridge-ce.3':partial(ridge_cross_entropy, temperature=.3), 'supcon':supcon}
+          'ridge-ce.3':partial(ridge_cross_entropy, temperature=.3), 'supcon':supcon, 'prototypes':prototypes}
 
 class Bank:
     """The newest maps of earlier images. `kind` `bank`: without the images of the batch that joins; `copies`: with

@@ -38,6 +38,7 @@ from fmce_fastai.study.run import run_study
 from fmce_fastai.study.arms import StudyError
 from fmce_fastai.study.settings import Study
 from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.train.freeze import FMCSFreeze
 from fmce_fastai.train.losses import fmcs_loss, representation_auxiliary_loss
 from fmce_fastai.train.recorder import FMCSRecorder, snapshot_steps
 from fmce_fastai.util.state import hook_count

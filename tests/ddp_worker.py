@@ -18,6 +18,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib, rank_distrib
 
 from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.train.freeze import FMCSFreeze
 from fmce_fastai.train.losses import fmcs_loss
 from fmce_fastai.oracle.base import FMCENet, Scores
 from fmce_fastai.train.recorder import FMCSRecorder
@@ -92,6 +93,18 @@ def compared(folder, kind, mode):
     assert hook_count(learn.model) == 0
     (folder/f"{name}.recorded").write_text(str(len(recorder.datasets)))
 
+def freezing(folder, mode):
+    "A fit that freezes its front on the way; two processes decide alike, and train the rest as one does."
+    learn = learner(mode)
+    learn.add_cb(FMCSFreeze(by={"stage1": .5}, eval_mode=False))
+    fit(learn)
+    torch.save(learn.model.state_dict(), folder/f"{mode}{rank_distrib()}.pt")
+    assert all(p.requires_grad for p in learn.model.parameters()) and hook_count(learn.model) == 0
+    watching = learner(mode)
+    watching.add_cb(FMCSFreeze(by="change", every=1, patience=1, threshold=1e3, start=0.))
+    fit(watching)
+    watching.fmcs_freeze.history.to_csv(folder/f"{mode}{rank_distrib()}.csv", index=False)
+
 def failing(folder, what):
     "A fit that goes wrong in the first process alone; what each process says."
     rank, save, write = rank_distrib(), np.save, Path.write_text
@@ -110,6 +123,7 @@ def failing(folder, what):
 def main(folder, mode):
     if mode == "two": DistributedDL._broadcast = on_cpu
     for kind in ("fitted", "universal", "memory", "vit fitted", "vit universal"): compared(Path(folder)/kind, kind, mode)
+    freezing(Path(folder)/"freeze", mode)
     if mode == "two":
         for what in ("the folder exists", "the disk is full", "the disk is full at the end"): failing(Path(folder)/what, what)
 

@@ -32,7 +32,7 @@ def fits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fits")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
     for mode in ("two", "one"):
-        for name in (*KINDS, *FAILURES): (folder/mode/name).mkdir(parents=True)
+        for name in (*KINDS, *FAILURES, "freeze"): (folder/mode/name).mkdir(parents=True)
     run([*launch, str(WORKER), str(folder/"two"), "two"])
     with warnings.catch_warnings():
         import ddp_worker  # it ignores warnings
@@ -47,6 +47,14 @@ def test_both_processes_end_with_the_weights_of_one(fits, kind):
         two = torch.load(fits/"two"/kind/f"two{rank}.pt", weights_only=True)
         assert two.keys() == one.keys()
         for k in one: assert_close(two[k], one[k], atol=2e-6, rtol=1e-4)
+
+def test_both_processes_freeze_the_same_front_and_train_the_rest_as_one(fits):
+    one = torch.load(fits/"one"/"freeze"/"one0.pt", weights_only=True)
+    for rank in (0, 1):
+        two = torch.load(fits/"two"/"freeze"/f"two{rank}.pt", weights_only=True)
+        for k in one: assert_close(two[k], one[k], atol=2e-6, rtol=1e-4)
+    a, b = (pd.read_csv(fits/"two"/"freeze"/f"two{r}.csv") for r in (0, 1))
+    assert len(a) and a.equals(b)
 
 def test_the_kinds_of_fit_differ(fits):
     "Else the comparison above would say little."
