@@ -58,7 +58,9 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_batches(tmp_pa
     rows = read_rows(tmp_path)
     assert len(rows) == len(names) and {r["steps"] for r in rows} == {2}
     for key in ("start", "batches"): assert len({r[key] for r in rows}) == 1
-    assert len({r["loss"] for r in rows}) > len(names) - 2  # and yet they are different ways of training
+    idle = {"plain", "freeze", "freeze-kept", "freeze-change"}  # in two steps nothing converges: these train as plain does
+    assert len({r["loss"] for r in rows if r["arm"] in idle}) == 1
+    assert len({r["loss"] for r in rows if r["arm"] not in idle}) > len(names) - len(idle) - 2  # and yet the others are different ways of training
 
 FINE_TUNING = ("lp-ft", "l2-sp", "bss", "supcon-head", "ema", "cutmix")
 

@@ -20,6 +20,7 @@ from .. import __version__
 from ..util.files import write_json
 from ..train.callback import FMCECallback
 from .arms import ARMS, part_alphas
+from .freezing import freezing_of, timed
 from .learner import build_learner, eval_dl, fit_arm, study_dls
 from .settings import read_study_json, Study
 from .start import prepare_start
@@ -59,9 +60,9 @@ def run_job(
     learn = _learner_at_start(study, dls, job.seed, folder, kwargs)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='alpha is 1')
-        log = fit_arm(learn, study, study.epochs, lr, job.seed, cbs)
+        with timed() as times: log = fit_arm(learn, study, study.epochs, lr, job.seed, cbs)
     row = dict(asdict(job), split=job.split, **_scores(learn, dl),
-               steps=log.steps, acted=_steps_acted(cbs),
+               steps=log.steps, acted=_steps_acted(cbs), **times, **freezing_of(cbs),
                batches=log.digest.hexdigest()[:16], start=_start_hash(folder, job.seed),
                seconds=round(time.perf_counter()-begun, 2), threads=study.threads,
                device=str(next(learn.model.parameters()).device), **_versions())

@@ -20,6 +20,7 @@ from .arms import StudyError, varies_alpha
 from .check import check_study
 from .choices import choices, final_jobs, tuning_jobs
 from .compare import compare
+from .cost import cost_table, cost_text
 from .jobs import run_job
 from .plots import plot_alpha, plot_differences
 from .rows import job_of, read_rows
@@ -106,7 +107,11 @@ def write_report(
     if rows: _with_settings(rows, study).to_csv(folder/'runs.csv', index=False)
     table.to_csv(folder/'table.csv', index=False)
     if len(tried): tried.to_csv(folder/'choices.csv', index=False)
-    (folder/'table.txt').write_text(table_text(study, table, tried) + '\n', encoding='utf-8')
+    text,times = table_text(study, table, tried),cost_table(study, rows)
+    if len(times):
+        times.to_csv(folder/'times.csv', index=False)
+        text += '\n\n' + cost_text(times)
+    (folder/'table.txt').write_text(text + '\n', encoding='utf-8')
     if any(r['phase'] == 'final' for r in rows): _write_plots(folder, study, rows, table)
     return table
 

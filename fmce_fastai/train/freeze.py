@@ -7,10 +7,10 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/train.freeze.html.md"""
 # %% auto #0
 __all__ = ['MAX_CHECKS', 'LEAST_EVERY', 'N_FIXED', 'BLIND', 'TWO', 'FreezeEvent', 'check_every', 'FMCSFreeze']
 
-# %% ../../nbs/04s_train.freeze.ipynb #2be53f96
+# %% ../../nbs/04s_train.freeze.ipynb #d9d65069
 import warnings
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import pandas as pd
@@ -25,11 +25,11 @@ from .front import freezable, Front
 from .history import mean_fmcs
 from .scoring import ScoringCallback
 from .targets import mixed_targets
-from .watch import FixedSchedule, make_watch, RateWatch
+from .watch import FixedSchedule, make_watch, RateWatch, schedule_that_saves
 from ..util.checks import check_number
 from ..util.distributed import mean_over_ranks
 
-# %% ../../nbs/04s_train.freeze.ipynb #f2cfa426
+# %% ../../nbs/04s_train.freeze.ipynb #237b383e
 MAX_CHECKS = 100   # of a fit, with `every='auto'`
 LEAST_EVERY = 4    # steps between two checks, with `every='auto'`: a check costs some percent of a step
 N_FIXED = 8        # images whose maps `by='change'` compares
@@ -58,7 +58,7 @@ def check_every(
         raise ValueError(f"every is {every!r}; give a number of steps, or 'auto'.")
     return int(every)
 
-# %% ../../nbs/04s_train.freeze.ipynb #6c1712c5
+# %% ../../nbs/04s_train.freeze.ipynb #4283d110
 class FMCSFreeze(ScoringCallback):
     """Freezes the front of the network, from the input on, once its modules have converged.
 
@@ -71,7 +71,7 @@ class FMCSFreeze(ScoringCallback):
     def __init__(self,
         oracle='ridge', # An oracle, its file, name on the Hub, or kind: it judges; unused with another `by`
         taps:list|None=None, # Where the network can be cut; default: the last map per resolution
-        by='fmcs', # Judge: `'fmcs'`, `'change'` of the maps, or a dictionary of taps and shares of the fit
+        by='fmcs', # `'fmcs'`, `'change'` of the maps, {tap: share of the fit}, or the share of FLOPs to save
         threshold:float|None=None, # Of the judge; default: 0.05 for `'fmcs'`, 0.01 for `'change'`
         patience:int=3, # Checks in a row at which a module must be finished
         start:float=.1, # Share of the fit before which nothing is frozen
@@ -159,7 +159,7 @@ class FMCSFreeze(ScoringCallback):
         return prefix.tap if prefix else None
 
     def __repr__(self):
-        judge = f'a fixed schedule {dict(self.by)}' if isinstance(self.by, Mapping) else repr(self.by)
+        judge = repr(self.by) if isinstance(self.by, str) else f'a fixed schedule, {self.by}'
         lines = [f"FMCSFreeze by {judge}" + (f", oracle {self.oracle.title}" if self.by == 'fmcs' and self.oracle else '')]
         lines += [f"  epoch {e.epoch:.2f}: {e.event} {e.module} ({e.reason}), saves {e.saved:.0%} of a step"
                   for e in self._events if e.fit == self._n_fits]
@@ -177,6 +177,12 @@ class FMCSFreeze(ScoringCallback):
         self._reads = self._watch.needs_scores and is_due and len(self.feature_tap.plan) > 0
         self._front.before_forward()
         if self._reads: self.feature_tap.arm(self.model)
+
+    def schedule(self,
+        saved:dict, # Tap -> share of a step's FLOPs that freezing up to it saves
+    ) -> dict: # Tap -> share of the fit
+        "The schedule that saves the share `by` of the fit's FLOPs; subclasses may have another."
+        return schedule_that_saves(saved, self.by)
 
     def detach(self):
         "Thaw what is frozen and remove what an interrupted fit has left. The next fit and `remove_cb` do the same."
@@ -224,6 +230,9 @@ class FMCSFreeze(ScoringCallback):
         x = tuple(self.xb)
         self._fixed = first_rows(x, N_FIXED) if self._watch.needs_maps else None
         prefixes = freezable(self.model, plan, first_rows(x), self.freeze_until, self.max_depth)
+        if isinstance(self.by, Real):
+            saved = {p.tap:p.saved for p in prefixes}
+            self._watch = FixedSchedule(self.schedule(saved))
         self._front = Front(self, plan, prefixes, self.eval_mode, self.keep_maps, not self.on_disk)
 
     def _check_names(self, plan):
