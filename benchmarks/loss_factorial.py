@@ -1,7 +1,7 @@
 """What helps a loss on feature maps? A random factorial experiment in the setting of `loss_screen.py`.
 
     python benchmarks/loss_factorial.py --runs 0-599
-    python benchmarks/loss_factorial.py --report
+    python benchmarks/loss_factorial.py --report     # also writes loss_effects_*.csv
 
 Run i trains with a random choice of every factor: the loss, the bank it is computed among, its taps, its weight alpha
 and how that changes over the fit, a projection head, MixUp of maps, mirrored images, and the pull to the starting
@@ -18,6 +18,7 @@ import torch
 from loss_screen import HERE, screen
 from loss_search import read
 
+EFFECTS = HERE/f"loss_effects_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
 PATH = HERE/f"loss_factorial_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
 SETTINGS = ('fashion-5', 'clipart-5')
 FACTORS = dict(base=['alignment', 'ridge', 'ridge.1', 'ridge-ce', 'supcon', 'prototypes', 'ral', 'quality', 'plain'],
@@ -70,8 +71,11 @@ def effects(d, factors=FACTORS):
 def report():
     d = read(PATH)
     print(f'{len(d)} runs, {d.seconds.sum()/3600:.2f} core-hours')
-    parts = {s:d[d.setting == s] for s in SETTINGS} | {'all':d}
-    print(pd.concat({n:effects(p) for n,p in parts.items()}, axis=1).round(2).to_string())
+    parts = {s:d[d.setting == s] for s in SETTINGS} | {'both':d}
+    table = pd.concat({n:effects(p) for n,p in parts.items()}, axis=1).round(2)
+    print(table.to_string())
+    table.columns = [f'{s} {c}' for s,c in table.columns]
+    table.rename_axis(['factor', 'level']).assign(runs=len(d)).to_csv(EFFECTS)
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

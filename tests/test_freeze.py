@@ -16,7 +16,7 @@ from fmce_fastai.train.columns import ArmLast
 from fmce_fastai.train.freeze import FMCSFreeze
 from fmce_fastai.train.recorder import FMCSRecorder
 from fmce_fastai.util.state import hook_count
-from helpers import Probe, RaiseAt, assert_same, make_learner, make_oracle, seed_all, tensor_learner, weights
+from helpers import Probe, RaiseAt, TinyNet, assert_same, make_learner, make_oracle, seed_all, tensor_learner, weights
 from test_callback import EVENTS, ERRORS, Breaker, broken_off, broken_off_without_us, quiet, shape_of, silent
 
 pytestmark = [
@@ -223,6 +223,17 @@ def test_maps_are_not_kept_where_images_change():
     fit("eval_mode is False", eval_mode=False)
     fit("FMCECallback reads a map of the front", cbs=[FMCECallback(.5)])
     fit("take 0 MB, more than the 0 MB allowed", keep_maps=10)
+
+class Shared(TinyNet):
+    "A parameter that is used in the front and behind it."
+    def __init__(self): super().__init__(); self.scale = torch.nn.Parameter(torch.ones(1))
+    def forward(self, x): return self.head(self.drop(self.stage2(self.stage1(self.stem(x)*self.scale)).mean((2, 3)))*self.scale)
+
+def test_maps_are_not_kept_where_a_parameter_of_the_front_is_trained_on():
+    learn = learner(freeze=dict(by=EARLY, keep_maps=1e6))
+    learn.model = Shared()
+    with pytest.warns(UserWarning, match="a parameter that is trained further back is used in the front too"): learn.fit(4)
+    assert learn.fmcs_freeze._n_short == 0 and learn.fmcs_freeze.history.module.tolist() == ["stage1"] and learn.model.scale.item() != 1
 
 def test_ral_goes_on_where_it_reads_behind_the_front():
     learn = learner(freeze=dict(by=EARLY, keep_maps=1e6), cbs=[FMCECallback(.5, make_oracle(tensor_learner().model, taps=["stage2"]))])

@@ -242,6 +242,23 @@ def screened():
     return table(["loss", "memory bank", "with", "seeds", "FashionMNIST", "OpenClipart", "both, and standard error"], sorted(rows, key=lambda r: -float(r[-1].split()[0])))
 
 
+FACTORS = {"base": ("loss", {"plain": "none", "ridge.1": "ridge, penalty 0.1", "ridge-ce": "cross-entropy of ridge's left-out predictions", "supcon": "supervised contrastive", "prototypes": "prototypes of the other images",
+                             "ral": "universal oracle", "quality": "quality oracle", "alignment": "plain alignment"}),
+           "bank": ("memory bank", {"copies": "own copies in", "bank": "own copies out"}), "taps": ("taps", {"4+6": "blocks 4 and 6", "6": "block 6", "4+6+last": "blocks 4, 6 and the pooled map", "6+last": "block 6 and the pooled map", "last": "the pooled map"}),
+           "alpha": ("alpha", {}), "schedule": ("alpha over the fit", {"fall": "falling to 0", "rise": "rising from 0"}), "head": ("projection head", {}), "mixup": ("MixUp of maps", {}), "flip": ("mirrored images", {}), "keep": ("pull to the start's similarities", {"0.0": "none"})}
+
+def factors():
+    "Effects of a random factorial experiment: points over the first level of each factor."
+    rows, last = [], None
+    for r in rows_of("loss_effects"):
+        name, levels = FACTORS[r["factor"]]
+        cells = [f"{float(r[f'{s} effect']):+.1f} ± {float(r[f'{s} se']):.1f}" for s in ("fashion-5", "clipart-5", "both")]
+        level = levels.get(r["level"], r["level"])
+        rows.append([name if name != last else "", level, *(cells if name == last else ["0"] * 3)])
+        last = name
+    return table(["factor", "level", "FashionMNIST, effect and standard error", "OpenClipart", "both"], rows)
+
+
 def studied(name):
     "The table of a study in `benchmarks/studies`."
     rows, number = [], lambda r, k, f: format(float(r[k]), f) if r[k] else ""
@@ -335,7 +352,7 @@ PAGES = {"learnt_quality": (learnt_quality, "03m_oracle.quality"), "held_out_qua
          "families": (families, "tutorials/choosing_modules"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
-PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results"), "screened": (screened, "results")}
+PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results"), "screened": (screened, "results"), "factors": (factors, "results")}
 
 # In the README
 TABLES = {"in_short": in_short}

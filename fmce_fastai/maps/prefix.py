@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/maps.prefix.html.md"""
 # %% auto #0
 __all__ = ['Prefix', 'outermost', 'find_prefixes']
 
-# %% ../../nbs/02m_maps.prefix.ipynb #f5e5ca6d
+# %% ../../nbs/02m_maps.prefix.ipynb #74d4f711
 import copy
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +17,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .inputs import first_image, map_tensors, plain_inputs, run
-from .plan import tensor_leaves, TapError, TapPlan
+from .plan import find_backbone, tensor_leaves, TapError, TapPlan
 from ..util.state import undisturbed, unwrap
 
-# %% ../../nbs/02m_maps.prefix.ipynb #f8091890
+# %% ../../nbs/02m_maps.prefix.ipynb #572f99fb
 @dataclass(frozen=True)
 class Prefix:
     "The part of a network that reaches the rest through one tap alone. FLOPs are per image."
     tap:str            # Name of the tap at its end
+    module:str         # Name of the module at its end, in the unwrapped network
     params:tuple       # Names of its parameters, as in `named_parameters` of the unwrapped network
     modules:tuple      # Names of the submodules that belong to it as a whole, as in `named_modules`
     forward_flops:int  # Of its modules in a forward pass
@@ -41,7 +42,7 @@ class Prefix:
         "The same where the prefix's maps are kept, so that its forward pass is saved too."
         return self.saved + self.forward_flops/self.full_flops
 
-# %% ../../nbs/02m_maps.prefix.ipynb #835ed579
+# %% ../../nbs/02m_maps.prefix.ipynb #de4246a4
 def _outputs(out):
     "The tensors of a network's output through which a gradient can flow."
     return [t for _,t in tensor_leaves(out) if t.grad_fn is not None]
@@ -68,7 +69,7 @@ def _step_flops(model, x, params):
     with FlopCounterMode(display=False) as counter: _gradients(model, x, params)
     return counter.get_total_flops()
 
-# %% ../../nbs/02m_maps.prefix.ipynb #6da8c36d
+# %% ../../nbs/02m_maps.prefix.ipynb #e9ec4c49
 def outermost(
     names, # Names of modules
 ) -> list: # In the same order
@@ -117,7 +118,7 @@ def _whole_modules(model, names, params):
     return tuple(n for n,m in own.items()
                  if all(f'{n}.{p}' in inside for p,_ in m.named_parameters(remove_duplicate=False)))
 
-# %% ../../nbs/02m_maps.prefix.ipynb #a9975d51
+# %% ../../nbs/02m_maps.prefix.ipynb #33df3522
 def _copy(model):
     try: net = copy.deepcopy(unwrap(model))
     except Exception as e:
@@ -144,13 +145,20 @@ class _Finder:
         for p in self.params.values(): p.requires_grad_(True)
         return _has_path(self.net, self.x, list(self.params.values()), module)
 
-    def prefix(self, tap, module):
-        found = zip(self.params, self.reach, self.has_path(module))
+    def end_of(self, tap, hooked):
+        "The name of the module that ends at `tap`: the tap's own, or, where that is bypassed, the one that is hooked."
+        start,_ = find_backbone(self.net)
+        for name in (f'{start}.{tap.module}', tap.module):
+            if name in self.calls.end: return name
+        return self.calls.modules[hooked]
+
+    def prefix(self, tap, hooked):
+        name = self.end_of(tap, hooked)
+        found = zip(self.params, self.reach, self.has_path(self.net.get_submodule(name)))
         own = tuple(n for n,reaches,bypasses in found if reaches and not bypasses)
-        name = self.calls.modules[module]
         modules = _whole_modules(self.net, self.calls.until(name), own)
         forward = sum(self.calls.flops[n] for n in outermost(modules))//len(first_image(self.x))
-        return Prefix(tap, own, modules, forward, self.flops_without(set(own)), self.full)
+        return Prefix(tap.name, name, own, modules, forward, self.flops_without(set(own)), self.full)
 
 def find_prefixes(
     model:nn.Module, # The network that the plan was made for
@@ -164,4 +172,4 @@ def find_prefixes(
     with undisturbed(unwrap(model)), torch.enable_grad():
         finder = _Finder(_copy(model), plain_inputs(x))
         modules = plan.resolve(finder.net)
-        return [finder.prefix(tap.name, modules[tap.name]) for tap in plan]
+        return [finder.prefix(tap, modules[tap.name]) for tap in plan]

@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/train.front.html.md"""
 # %% auto #0
 __all__ = ['NO_MAPS', 'NOTHING', 'freezable', 'readers_of', 'Front']
 
-# %% ../../nbs/04v_train.front.ipynb #c22aeccc
+# %% ../../nbs/04v_train.front.ipynb #612ba67a
 import warnings
 
 import torch
@@ -17,9 +17,8 @@ from ..maps.plan import TapError, TapPlan
 from ..maps.prefix import find_prefixes, Prefix
 from .frozen import FrozenPart, renew_ddp
 from .kept_maps import KeptMaps
-from ..util.state import unwrap
 
-# %% ../../nbs/04v_train.front.ipynb #8354ab0f
+# %% ../../nbs/04v_train.front.ipynb #c7bd4760
 NO_MAPS = "FMCSFreeze keeps no maps in this fit, so the frozen front runs in every step: {refusal}."
 NOTHING = ("FMCSFreeze has nothing to freeze: no tap with weights lies within max_depth {depth:g} and "
            "freeze_until {until!r}. Its taps are {taps}.")
@@ -50,7 +49,7 @@ def readers_of(
         return plan is not None and not names.isdisjoint(plan.names)
     return [type(cb).__name__ for cb in learn.cbs if cb is not but and reads(cb)]
 
-# %% ../../nbs/04v_train.front.ipynb #b77effa2
+# %% ../../nbs/04v_train.front.ipynb #93d35fe6
 class Front:
     "The front of a Learner's network in one fit. `prefix` is what is frozen now, None for nothing."
     def __init__(self,
@@ -126,8 +125,7 @@ class Front:
     def _keep_maps(self):
         "Keep the maps from now on, if that is possible."
         frozen = set(self.plan.names) - set(self.live)
-        module = self.plan.resolve(unwrap(self.learn.model))[self.prefix.tap]
-        self._kept = KeptMaps(self.learn, self._part, module, self._max_bytes, self._in_memory)
+        self._kept = KeptMaps(self.learn, self._part, self._max_bytes, self._in_memory)
         x = first_rows(tuple(self.learn.xb))
         self._tell(self._kept.start(x, readers_of(self.learn, frozen, self._owner)))
 

@@ -8,7 +8,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/train.map_cache.html.md"""
 __all__ = ['N_PIXELS', 'CacheRefused', 'zeros_like_output', 'StandIns', 'random_transforms', 'MapCache', 'memory_format',
            'some_pixels']
 
-# %% ../../nbs/04t_train.map_cache.ipynb #b26e7f25
+# %% ../../nbs/04t_train.map_cache.ipynb #4ad46683
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..maps.inputs import first_image, map_tensors, plain_inputs, run
 from ..maps.prefix import outermost, Prefix
 from ..util.state import quiet_eval, unwrap
 
-# %% ../../nbs/04t_train.map_cache.ipynb #cdfd2fac
+# %% ../../nbs/04t_train.map_cache.ipynb #68c55aca
 class CacheRefused(Exception):
     "Why maps are not kept, in words."
 
@@ -41,10 +41,9 @@ class StandIns:
     def __init__(self,
         model:nn.Module, # The network
         prefix:Prefix, # The front
-        end:str, # Name of the module at its end, whose maps are kept
         x, # A few of the network's inputs
     ):
-        self.net = unwrap(model)
+        self.net,end = unwrap(model),prefix.module
         self.end = self.net.get_submodule(end)
         names = [n for n in prefix.modules if n != end and not end.startswith(f'{n}.')]
         self.modules = [self.net.get_submodule(n) for n in outermost(names)]
@@ -108,7 +107,7 @@ class _Returns:
     def __init__(self, out): self.out = out
     def __call__(self, *args, **kwargs): return self.out
 
-# %% ../../nbs/04t_train.map_cache.ipynb #932da8dd
+# %% ../../nbs/04t_train.map_cache.ipynb #3aeed6f2
 def random_transforms(
     dl, # A training DataLoader
 ) -> list: # Of str
