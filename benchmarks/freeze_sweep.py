@@ -37,11 +37,12 @@ def is_exact(net, prefix, x):
     "Exactly the parameters outside the prefix get a gradient, with the FLOPs announced."
     params = dict(net.named_parameters())
     with keep_modes(net), keep_buffers(net):
-        net.eval()
+        net.train().eval()
         out = net(x)
         whole = {n for n,g in zip(params, torch.autograd.grad(out.float().sum(), list(params.values()), allow_unused=True)) if g is not None}
         for n in prefix.params: params[n].requires_grad_(False)
         rest = [n for n in params if n not in prefix.params]
+        net.train().eval()  # drops tensors that were kept with their graph
         with FlopCounterMode(display=False) as counter:
             grads = torch.autograd.grad(net(x).float().sum(), [params[n] for n in rest], allow_unused=True)
         for n in prefix.params: params[n].requires_grad_(True)
@@ -61,7 +62,7 @@ def fit(name, size, prefix, keep):
     "A fit of three epochs of two steps, frozen after the first step; what is left of it."
     learn = build(name, 'learner', size, 'off', False)
     buffers = [n for n,_ in learn.model.named_buffers() if n.rpartition('.')[0] in prefix.modules]
-    freeze,watch = FMCSFreeze(by={prefix.tap:0.}, start=0., max_depth=1., keep_maps=4e9*keep),Watch({*prefix.params, *buffers})
+    freeze,watch = FMCSFreeze(by={prefix.tap:0.}, start=0., keep_maps=4e9*keep),Watch({*prefix.params, *buffers})
     before = {n:p.detach().clone() for n,p in learn.model.named_parameters()}
     set_seed(1)
     with warnings.catch_warnings(record=True) as told, learn.no_bar(), learn.no_logging():
@@ -81,6 +82,7 @@ def family_row(name):
     learn = build(name, 'learner', size, 'off', False)
     x = first_rows((learn.dls.valid.one_batch()[0],))
     plan = tap_plan(learn.model, x=x)
+    if min(t.depth for t in plan) > .95: plan = tap_plan(learn.model, 'all', x=x)  # as FMCSFreeze does
     start = time.perf_counter()
     prefixes = find_prefixes(learn.model, plan, x)
     row = dict(size=size, taps=len(plan), seconds_prefixes=round(time.perf_counter()-start, 2),

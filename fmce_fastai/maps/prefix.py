@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/maps.prefix.html.md"""
 # %% auto #0
 __all__ = ['Prefix', 'outermost', 'find_prefixes']
 
-# %% ../../nbs/02m_maps.prefix.ipynb #74d4f711
+# %% ../../nbs/02m_maps.prefix.ipynb #c65427ce
 import copy
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from .inputs import first_image, map_tensors, plain_inputs, run
 from .plan import find_backbone, tensor_leaves, TapError, TapPlan
 from ..util.state import undisturbed, unwrap
 
-# %% ../../nbs/02m_maps.prefix.ipynb #572f99fb
+# %% ../../nbs/02m_maps.prefix.ipynb #5487a774
 @dataclass(frozen=True)
 class Prefix:
     "The part of a network that reaches the rest through one tap alone. FLOPs are per image."
@@ -42,13 +42,14 @@ class Prefix:
         "The same where the prefix's maps are kept, so that its forward pass is saved too."
         return self.saved + self.forward_flops/self.full_flops
 
-# %% ../../nbs/02m_maps.prefix.ipynb #de4246a4
+# %% ../../nbs/02m_maps.prefix.ipynb #2d7c32c8
 def _outputs(out):
     "The tensors of a network's output through which a gradient can flow."
     return [t for _,t in tensor_leaves(out) if t.grad_fn is not None]
 
 def _gradients(model, x, params):
     "The gradient of each of `params` for the sum of the outputs; None where there is no path."
+    model.train().eval()  # some networks keep tensors in eval mode, with their graph; this lets them drop those
     outs = _outputs(run(model, x))
     if not outs or not params: return [None]*len(params)
     return torch.autograd.grad([o.float().sum() for o in outs], params, allow_unused=True)
@@ -69,7 +70,7 @@ def _step_flops(model, x, params):
     with FlopCounterMode(display=False) as counter: _gradients(model, x, params)
     return counter.get_total_flops()
 
-# %% ../../nbs/02m_maps.prefix.ipynb #e9ec4c49
+# %% ../../nbs/02m_maps.prefix.ipynb #95f8b7e7
 def outermost(
     names, # Names of modules
 ) -> list: # In the same order
@@ -118,7 +119,7 @@ def _whole_modules(model, names, params):
     return tuple(n for n,m in own.items()
                  if all(f'{n}.{p}' in inside for p,_ in m.named_parameters(remove_duplicate=False)))
 
-# %% ../../nbs/02m_maps.prefix.ipynb #33df3522
+# %% ../../nbs/02m_maps.prefix.ipynb #f36a029b
 def _copy(model):
     try: net = copy.deepcopy(unwrap(model))
     except Exception as e:

@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/train.freeze.html.md"""
 # %% auto #0
 __all__ = ['MAX_CHECKS', 'LEAST_EVERY', 'N_FIXED', 'BLIND', 'TWO', 'FreezeEvent', 'check_every', 'FMCSFreeze']
 
-# %% ../../nbs/04s_train.freeze.ipynb #d9d65069
+# %% ../../nbs/04s_train.freeze.ipynb #d5501a0c
 import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -29,7 +29,7 @@ from .watch import FixedSchedule, make_watch, RateWatch, schedule_that_saves
 from ..util.checks import check_number
 from ..util.distributed import mean_over_ranks
 
-# %% ../../nbs/04s_train.freeze.ipynb #237b383e
+# %% ../../nbs/04s_train.freeze.ipynb #65f0c073
 MAX_CHECKS = 100   # of a fit, with `every='auto'`
 LEAST_EVERY = 4    # steps between two checks, with `every='auto'`: a check costs some percent of a step
 N_FIXED = 8        # images whose maps `by='change'` compares
@@ -58,7 +58,7 @@ def check_every(
         raise ValueError(f"every is {every!r}; give a number of steps, or 'auto'.")
     return int(every)
 
-# %% ../../nbs/04s_train.freeze.ipynb #4283d110
+# %% ../../nbs/04s_train.freeze.ipynb #b95a97bc
 class FMCSFreeze(ScoringCallback):
     """Freezes the front of the network, from the input on, once its modules have converged.
 
@@ -177,6 +177,14 @@ class FMCSFreeze(ScoringCallback):
         self._reads = self._watch.needs_scores and is_due and len(self.feature_tap.plan) > 0
         self._front.before_forward()
         if self._reads: self.feature_tap.arm(self.model)
+
+    def find_taps(self):
+        "As for RAL; every map of the network where the default ones all lie behind `max_depth`, as in CrossViT."
+        super().find_taps()
+        if self.tap_names is not None or any(t.depth <= self.max_depth for t in self.feature_tap.plan): return
+        self.tap_names = 'all'
+        try: super().find_taps()
+        finally: self.tap_names = None
 
     def schedule(self,
         saved:dict, # Tap -> share of a step's FLOPs that freezing up to it saves
