@@ -19,6 +19,7 @@ from ..oracle.base import as_oracle, FMCENet
 from ..oracle.dataset import FMCSDataset, MODES
 from ..oracle.judge import score_dataset
 from ..train.callback import FMCECallback
+from ..train.freeze import FMCSFreeze
 
 # %% ../../nbs/05a_report.plots.ipynb #940f33dc
 def module_colors(
@@ -186,3 +187,26 @@ def _draw_cqi_and_rate(ax, run, start):
     rate.plot(x, run.lr, color=_RATE_GREEN, ls='--', lw=1.2)
     rate.set_ylabel('learning rate', color=_RATE_GREEN)
     rate.spines['top'].set_visible(False)
+
+# %% ../../nbs/05a_report.plots.ipynb #409dec6a
+@patch
+def plot(self:FMCSFreeze,
+    fit:int|None=None, # Number of the fit, counted from 1; default: the last
+    ax=None, # Axes to draw on
+): # The axes
+    """Smoothed FMCS per module over a fit, and what was frozen when.
+
+    Raises `ValueError` if no such fit was watched, as with another judge than `'fmcs'`."""
+    import matplotlib.pyplot as plt
+    curve,history = self.curve,self.history
+    fit = curve.fit.max() if fit is None else fit
+    curve,history = curve[curve.fit == fit],history[history.fit == fit]
+    if not len(curve): raise ValueError(f"FMCSFreeze has no scores to plot: {len(self.curve)} were taken, none in fit {fit}.")
+    if ax is None: ax = plt.subplots(figsize=(8, 3.4), layout='constrained')[1]
+    _draw_scores(ax, curve.assign(fmcs=curve.smoothed))
+    for e in history.itertuples():
+        ax.axvline(e.epoch, color='0.75', lw=1, zorder=0)
+        ax.annotate(f' {e.module or "thaw"}', (e.epoch, 1.04), rotation=45, fontsize='x-small', annotation_clip=False)
+    ax.set(xlabel='epoch', ylabel='mean FMCS (smoothed)')
+    ax.spines[['top','right']].set_visible(False)
+    return ax

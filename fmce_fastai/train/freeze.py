@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/train.freeze.html.md"""
 # %% auto #0
 __all__ = ['MAX_CHECKS', 'LEAST_EVERY', 'N_FIXED', 'BLIND', 'TWO', 'FreezeEvent', 'check_every', 'FMCSFreeze']
 
-# %% ../../nbs/04s_train.freeze.ipynb #d5501a0c
+# %% ../../nbs/04s_train.freeze.ipynb #58b134b7
 import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -29,7 +29,7 @@ from .watch import FixedSchedule, make_watch, RateWatch, schedule_that_saves
 from ..util.checks import check_number
 from ..util.distributed import mean_over_ranks
 
-# %% ../../nbs/04s_train.freeze.ipynb #65f0c073
+# %% ../../nbs/04s_train.freeze.ipynb #28759a4b
 MAX_CHECKS = 100   # of a fit, with `every='auto'`
 LEAST_EVERY = 4    # steps between two checks, with `every='auto'`: a check costs some percent of a step
 N_FIXED = 8        # images whose maps `by='change'` compares
@@ -58,7 +58,7 @@ def check_every(
         raise ValueError(f"every is {every!r}; give a number of steps, or 'auto'.")
     return int(every)
 
-# %% ../../nbs/04s_train.freeze.ipynb #b95a97bc
+# %% ../../nbs/04s_train.freeze.ipynb #f4171490
 class FMCSFreeze(ScoringCallback):
     """Freezes the front of the network, from the input on, once its modules have converged.
 
@@ -94,7 +94,7 @@ class FMCSFreeze(ScoringCallback):
         self.thaw = thaw if thaw is None else check_number(thaw, 'thaw', 0)
         self.keep_maps = check_number(keep_maps, 'keep_maps', 0, strict=False)
         self.on_disk = on_disk
-        self._events = []
+        self._events,self._curve = [],[]
         self._n_fits = 0
         self.plan = None       # `TapPlan` of the last fit
         self._front = None     # `Front`; None before a fit's first step
@@ -119,7 +119,9 @@ class FMCSFreeze(ScoringCallback):
         with torch.no_grad(): scores = self.scorer(maps, self.batch_targets)
         means = mean_over_ranks(mean_fmcs(scores).cpu().numpy(), self.model_device)
         self._is_scored |= bool((means == means).any())
-        self._watch.note(dict(zip(maps, means.tolist())))
+        self._watch.note(values := dict(zip(maps, means.tolist())))
+        epoch = (self._n_done+1)/len(self.dls.train)
+        self._curve += [(self._n_fits, epoch, n, v, self._watch.curves[n].smoothed) for n,v in values.items()]
 
     def after_batch(self):
         if self._front is None: return
@@ -146,6 +148,13 @@ class FMCSFreeze(ScoringCallback):
         `parameters` is the number of weights that are frozen from then on, `saved` the share of a training step's
         FLOPs (forward and backward) that this saves, `module` the tap up to which the network is frozen."""
         return pd.DataFrame(self._events, columns=FreezeEvent._fields)
+
+    @property
+    def curve(self) -> pd.DataFrame:
+        """FMCS at every check of `by='fmcs'`; a frozen module is not scored any more.
+
+        Columns: fit, epoch (position in the fit, in epochs), module, fmcs (mean over the batch), smoothed."""
+        return pd.DataFrame(self._curve, columns=['fit', 'epoch', 'module', 'fmcs', 'smoothed'])
 
     @property
     def saved(self) -> float:
@@ -266,7 +275,8 @@ class FMCSFreeze(ScoringCallback):
         if self.pct_train < self.start: return
         flat = self._watch.flat(front.names, self.pct_train)
         n = flat.index(False) if False in flat else len(flat)
-        if n > front.n_frozen: self._change(front.prefixes[n-1], 'converged')
+        reason = 'schedule' if isinstance(self._watch, FixedSchedule) else 'converged'
+        if n > front.n_frozen: self._change(front.prefixes[n-1], reason)
 
     @property
     def _lr(self): return float(self.opt.hypers[-1]['lr'])
