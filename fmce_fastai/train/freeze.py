@@ -7,7 +7,7 @@ Docs: https://fmce-fastai.github.io/fmce_fastai/train.freeze.html.md"""
 # %% auto #0
 __all__ = ['MAX_CHECKS', 'LEAST_EVERY', 'N_FIXED', 'BLIND', 'TWO', 'FreezeEvent', 'check_every', 'FMCSFreeze']
 
-# %% ../../nbs/04s_train.freeze.ipynb #58b134b7
+# %% ../../nbs/04s_train.freeze.ipynb #055f9ee1
 import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -29,7 +29,7 @@ from .watch import FixedSchedule, make_watch, RateWatch, schedule_that_saves
 from ..util.checks import check_number
 from ..util.distributed import mean_over_ranks
 
-# %% ../../nbs/04s_train.freeze.ipynb #28759a4b
+# %% ../../nbs/04s_train.freeze.ipynb #ba319e10
 MAX_CHECKS = 100   # of a fit, with `every='auto'`
 LEAST_EVERY = 4    # steps between two checks, with `every='auto'`: a check costs some percent of a step
 N_FIXED = 8        # images whose maps `by='change'` compares
@@ -58,7 +58,7 @@ def check_every(
         raise ValueError(f"every is {every!r}; give a number of steps, or 'auto'.")
     return int(every)
 
-# %% ../../nbs/04s_train.freeze.ipynb #f4171490
+# %% ../../nbs/04s_train.freeze.ipynb #b1f5ed09
 class FMCSFreeze(ScoringCallback):
     """Freezes the front of the network, from the input on, once its modules have converged.
 
