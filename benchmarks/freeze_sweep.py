@@ -52,7 +52,7 @@ def is_exact(net, prefix, x):
 class Watch(Callback):
     "The front's weights and buffers after the step in which it was frozen."
     order,run_valid = 1000,False
-    def __init__(self, names): self.names,self.first,self.short = names,None,0
+    def __init__(self, names): self.names,self.first = names,None
     def state(self): return {n:v.clone() for n,v in self.model.state_dict().items() if n in self.names}
     def after_batch(self):
         if self.learn.train_iter == 1: self.first = self.state()

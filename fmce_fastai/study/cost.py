@@ -12,17 +12,12 @@ import numpy as np
 import pandas as pd
 
 from .choices import chosen
+from .compare import final_runs
 from .settings import alphas_of, Study
 from .statistics import paired_difference
 
 # %% ../../nbs/07y_study.cost.ipynb #2ae46df3
 COST_COLUMNS = ['arm', 'alpha', 'seeds', 'saved', 'time', 'low', 'high', 'clock']
-
-def _fits(rows, rates):
-    "The final runs at the chosen rates that hold times, as a table."
-    kept = [r for r in rows if r['phase'] == 'final' and rates.get((r['arm'], r['alpha'])) == r['lr']]
-    columns = ['arm', 'alpha', 'seed', 'fit_cpu', 'fit_seconds', 'saved']
-    return pd.DataFrame(kept, columns=columns).dropna(subset=['fit_cpu'])
 
 def _ratio(own, plain, column):
     "Mean ratio with its 95 % interval, from logarithms paired by seed."
@@ -36,7 +31,7 @@ def cost_table(
     """`saved`: mean share of the training steps' FLOPs. `time`: processor time of the fit over that of `plain`,
     with its 95 % interval (`low`, `high`); `clock`: the same ratio by the clock."""
     rates,_ = chosen(study, rows)
-    fits = _fits(rows, rates)
+    fits = final_runs(rows, rates, ['fit_cpu', 'fit_seconds', 'saved']).dropna(subset=['fit_cpu'])
     if not fits.saved.notna().any(): return pd.DataFrame(columns=COST_COLUMNS)
     by = {k:g.set_index('seed') for k,g in fits.groupby(['arm', 'alpha'], sort=False)}
     table = []

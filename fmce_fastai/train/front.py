@@ -31,10 +31,10 @@ def freezable(
     max_depth:float=1., # Depth beyond which nothing is frozen
 ) -> list: # Of `Prefix`
     "The prefixes of the taps that may be frozen. Raises `TapError` if there are none."
-    with torch.autocast(next(model.parameters()).device.type, enabled=False): found = find_prefixes(model, plan, x)
     n = len(plan) if until is None else plan.names.index(until)+1
-    allowed = [p for p,tap in list(zip(found, plan))[:n] if p.params and tap.depth <= max_depth]
-    if allowed: return allowed
+    near = plan.subset([t.name for t in plan.taps[:n] if t.depth <= max_depth])
+    with torch.autocast(next(model.parameters()).device.type, enabled=False): found = find_prefixes(model, near, x)
+    if allowed := [p for p in found if p.params]: return allowed
     taps = ', '.join(f'{t.name} (depth {t.depth:.2f})' for t in plan)
     raise TapError(NOTHING.format(depth=max_depth, until=until, taps=taps))
 

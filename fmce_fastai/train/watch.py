@@ -98,12 +98,10 @@ class ChangeWatch(Watch):
         self.patience = patience
         self.restart()
 
-    def restart(self): self.changes,self._maps,self._n_still = {},{},{}
+    def restart(self): self._maps,self._n_still = {},{}
 
     def note(self, values):
-        for n,v in values.items():
-            self.changes[n] = v
-            self._n_still[n] = self._n_still.get(n, 0) + 1 if v < self.threshold else 0
+        for n,v in values.items(): self._n_still[n] = self._n_still.get(n, 0) + 1 if v < self.threshold else 0
 
     def flat(self, names, share): return [self._n_still.get(n, 0) >= self.patience for n in names]
 
