@@ -1,13 +1,14 @@
 """What helps a loss on feature maps? A random factorial experiment in the setting of `loss_screen.py`.
 
-    python benchmarks/loss_factorial.py --runs 0-599
-    python benchmarks/loss_factorial.py --report     # also writes loss_effects_*.csv
+    python benchmarks/loss_factorial.py --runs 0-1279
+    python benchmarks/loss_factorial.py --report     # also writes loss_effects_*.csv and later_loss_effects_*.csv
 
 Run i trains with a random choice of every factor: the loss, the bank it is computed among, its taps, its weight alpha
 and how that changes over the fit, a projection head, MixUp of maps, mirrored images, and the pull to the starting
 network's similarities. Runs come in blocks of eight with the same data, start and batches. The report is a linear model
 with a constant per block. So every run says something of every factor, which one comparison at a time does not: after
-600 runs a factor of two levels is known to about 0.4 points. Read from validation images; no test split is read."""
+600 runs a factor of two levels is known to about 0.4 points. Runs 0 to 639 have 5 images a class. The later ones have 10
+and 20, and leave out the levels that had lost by then. Read from validation images; no test split is read."""
 import argparse
 import warnings
 
@@ -19,12 +20,18 @@ from loss_screen import HERE, screen
 from loss_search import read
 
 EFFECTS = HERE/f"loss_effects_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
+LATER_EFFECTS = EFFECTS.with_name('later_' + EFFECTS.name)
 PATH = HERE/f"loss_factorial_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
 SETTINGS = ('fashion-5', 'clipart-5')
+LATER = ('fashion-10', 'clipart-10', 'fashion-20', 'clipart-20')   # from run FIRST_LATER on
+FIRST_LATER = 640
 FACTORS = dict(base=['alignment', 'ridge', 'ridge.1', 'ridge-ce', 'supcon', 'prototypes', 'ral', 'quality', 'plain'],
                bank=['copies', 'bank', 'none'], taps=['4+6', '6', '4+6+last', '6+last', 'last'], alpha=[.97, .9, .99],
                schedule=['constant', 'fall', 'rise'], head=['no', 'yes'], mixup=['no', 'yes'], flip=['no', 'yes'],
                keep=[0., .3, 1.])
+KEPT_LEVELS = FACTORS | dict(base=['alignment', 'ridge', 'ridge.1', 'supcon', 'prototypes', 'ral', 'quality', 'plain'],
+                         bank=['copies', 'bank'], taps=['4+6', '6', '4+6+last'], alpha=[.97, .9], schedule=['constant', 'fall'],
+                         head=['no'], mixup=['no'], keep=[0.])
 TAPS = {'4+6':'', '6':'-taps1', '4+6+last':'-last-taps3', '6+last':'-last', 'last':'-last-taps1'}
 BLOCK = 8   # runs with the same seed
 
@@ -32,10 +39,11 @@ def design(i):
     "Setting, seed and levels of run `i`."
     rng = np.random.default_rng([7, i])
     block = i//BLOCK
-    levels = {f:rng.choice(l).item() for f,l in FACTORS.items()}
+    factors,settings = (FACTORS, SETTINGS) if i < FIRST_LATER else (KEPT_LEVELS, LATER)
+    levels = {f:rng.choice(l).item() for f,l in factors.items()}
     if levels['base'] in ('ral', 'quality'): levels['head'] = 'no'   # an oracle reads maps
     if levels['base'] == 'plain': levels |= {f:FACTORS[f][0] for f in ('bank', 'taps', 'alpha', 'schedule', 'head')}
-    return SETTINGS[block % 2], 200 + block//2, levels
+    return settings[block % len(settings)], 200 + block//2, levels
 
 def variant(l):
     "The levels as a variant of `loss_screen`."
@@ -68,14 +76,22 @@ def effects(d, factors=FACTORS):
             for (f,levels),t in zip(factors.items(), terms) for l in levels}
     return pd.DataFrame(rows, index=['effect', 'se']).T
 
+def tables(d):
+    "The effects of the first runs, and those of the later ones, per setting and together."
+    first,later = d[d.run < FIRST_LATER],d[d.run >= FIRST_LATER]
+    yield first,{s:first[first.setting == s] for s in SETTINGS} | {'both':first},FACTORS
+    if later.empty: return
+    parts = {data:later[later.setting.str.startswith(data)] for data in ('fashion', 'clipart')} | {'both':later}
+    yield later,parts,{f:l for f,l in KEPT_LEVELS.items() if len(l) > 1}
+
 def report():
     d = read(PATH)
     print(f'{len(d)} runs, {d.seconds.sum()/3600:.2f} core-hours')
-    parts = {s:d[d.setting == s] for s in SETTINGS} | {'both':d}
-    table = pd.concat({n:effects(p) for n,p in parts.items()}, axis=1).round(2)
-    print(table.to_string())
-    table.columns = [f'{s} {c}' for s,c in table.columns]
-    table.rename_axis(['factor', 'level']).assign(runs=len(d)).to_csv(EFFECTS)
+    for i,(rows,parts,factors) in enumerate(tables(d)):
+        table = pd.concat({n:effects(p, factors) for n,p in parts.items()}, axis=1).round(2)
+        print(table.to_string())
+        table.columns = [f'{s} {c}' for s,c in table.columns]
+        table.rename_axis(['factor', 'level']).assign(runs=len(rows)).to_csv((EFFECTS, LATER_EFFECTS)[i])
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
