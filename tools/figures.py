@@ -252,7 +252,7 @@ def factors():
     rows, last = [], None
     for r in rows_of("loss_effects"):
         name, levels = FACTORS[r["factor"]]
-        cells = [f"{float(r[f'{s} effect']):+.1f} ± {float(r[f'{s} se']):.1f}" for s in ("fashion-5", "clipart-5", "both")]
+        cells = [f"{float(r[f'{s} effect']):+.1f} ± {float(r[f'{s} se']):.1f}" for s in ("fashion", "clipart", "both")]
         level = levels.get(r["level"], r["level"])
         rows.append([name if name != last else "", level, *(cells if name == last else ["0"] * 3)])
         last = name
