@@ -2,7 +2,7 @@
 import cloudpickle
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation
@@ -250,7 +250,7 @@ def test_no_stand_in_is_left_by_an_error_in_the_forward(error):
 # ---- every way a fit can end ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("event", EVENTS)
-@pytest.mark.parametrize("error", ERRORS[:2] + [CancelFitException()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", ERRORS[:2] + [CancelEpochException(), CancelFitException()], ids=lambda e: type(e).__name__)
 def test_nothing_is_left_however_a_fit_ends(event, error):
     "By an error, Ctrl-C or a cancel out of another callback, at any event, with the front frozen from the first step on."
     learn = learner(freeze=dict(by={"stage1": 0.}, start=0.), n=32)
