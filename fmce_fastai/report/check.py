@@ -13,7 +13,7 @@ import warnings
 from fastai.callback.core import Callback
 
 from .weights import weight_report
-from ..train.callback import is_training_fit
+from ..train.scoring import is_training_fit
 
 # %% ../../nbs/05p_report.check.ipynb #bb5bf351
 class CheckWeights(Callback):

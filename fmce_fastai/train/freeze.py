@@ -21,11 +21,9 @@ from fastai.callback.training import GradientAccumulation
 from ..maps.inputs import first_rows
 from ..maps.plan import TapError
 from ..maps.tap import FeatureTap
-from .callback import is_training_fit
 from .front import freezable, Front
 from .history import mean_fmcs
 from .scoring import ScoringCallback
-from .targets import mixed_targets
 from .watch import FixedSchedule, make_watch, RateWatch, schedule_that_saves
 from ..util.checks import check_number
 from ..util.distributed import mean_over_ranks
@@ -104,12 +102,8 @@ class FMCSFreeze(ScoringCallback):
         self._saved = 0.       # sum over the steps of the last fit
 
     # Events
-    def before_fit(self):
-        self.detach()
-        if is_training_fit(self.learn): self._begin()
-
     def before_train(self):
-        if self.feature_tap is None and not hasattr(self.learn, 'lr_finder'): self._begin()
+        super().before_train()
         if self._front is not None: self._front.set_modes()  # after the Learner's model.train()
 
     def after_pred(self):
@@ -118,7 +112,6 @@ class FMCSFreeze(ScoringCallback):
     def after_loss(self):
         if self.feature_tap is None or not self._reads: return
         maps,_ = self.take_maps()
-        self.batch_targets = mixed_targets(self.learn) if self.target_mode == 'auto' else None
         with torch.no_grad(): scores = self.scorer(maps, self.batch_targets)
         means = mean_over_ranks(mean_fmcs(scores).cpu().numpy(), self.model_device)
         self._is_scored |= bool((means == means).any())
@@ -134,7 +127,7 @@ class FMCSFreeze(ScoringCallback):
         if self._is_due() or isinstance(self._watch, FixedSchedule): self._decide()
 
     def after_cancel_batch(self):
-        if self.feature_tap is not None: self.feature_tap.detach()
+        super().after_cancel_batch()
         if self._front is not None: self._front.leave()
 
     def after_fit(self):
@@ -216,9 +209,8 @@ class FMCSFreeze(ScoringCallback):
     _n_short = 0  # steps of the last fit that started from kept maps
 
     def _begin(self):
-        "Set up for the fit that begins."
         if sum(isinstance(cb, FMCSFreeze) for cb in self.learn.cbs) > 1: raise ValueError(TWO)
-        self.start_scoring()
+        super()._begin()
         self.feature_tap = FeatureTap(self.feature_tap.plan, keep_graph=False)
         self.learn._with_events = self._guarded
         self._n_fits += 1
