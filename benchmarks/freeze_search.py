@@ -29,7 +29,7 @@ LITE0 = dict(arch='tf_efficientnet_lite0', weights='efficientnet-lite0', lrs=(3e
              channels_last=True, head='linear')
 FASHION = dict(data='fashion_mnist', root='/usr/share/datasets/fashion-mnist', n_eval=3000, bs=50)
 SETTINGS = {
-    'fashion-100':Study(n_train=1000, size=64, epochs=6, **FASHION, **LITE0),
+    'fashion-100':Study(n_train=1000, size=48, epochs=6, **FASHION, **LITE0),
     'fashion-1000':Study(n_train=10000, size=48, epochs=2, **FASHION, **LITE0),
     'clipart':Study(data='openclipart', n_train=0, n_eval=0, size=64, bs=25, epochs=12, **LITE0),
     'scratch':Study(n_train=10000, size=32, epochs=6, arch='resnet18', weights='', lrs=(3e-3,), **FASHION),
@@ -53,7 +53,7 @@ def fit_once(variant, name, seed):
     learn = build_learner(study, dls, seed)
     cbs = freezing(variant)
     with timed() as times: fit_arm(learn, study, study.epochs, study.lrs[0], seed, cbs)
-    p,y = learn.get_preds(dl=valid)
+    with learn.no_bar(): p,y = learn.get_preds(dl=valid)
     return dict(setting=name, variant=variant, seed=seed, accuracy=round(float((p.argmax(1) == y).float().mean()), 5),
                 images=len(y), **times, **freezing_of(cbs), torch=torch.__version__)
 
