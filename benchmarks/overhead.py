@@ -4,6 +4,8 @@
 
 RAL: one fit in which `FMCECallback` works in every second step and does nothing in the others. A row
 compares 8 steps with it (one of them measures gradient norms, as every 8th does) to the 8 steps between.
+Check of freezing: the same with `FMCSFreeze`, which looks at the modules in every second step and freezes nothing. It
+looks at most in every fourth step by itself, so of what such a step takes longer at most a quarter counts.
 Recording: the time spent in the recorder's events during a fit (reading the sample, snapshots, writing,
 labelling), over the rest of that fit. Taps: the time spent in arming, in the hooks and in taking the maps,
 over the rest of the steps; nothing is done with the maps.
@@ -35,6 +37,7 @@ from fmce_fastai.maps.tap import FeatureTap
 from fmce_fastai.oracle.base import as_oracle
 from fmce_fastai.oracle.fitted import FittedFMCENet
 from fmce_fastai.train.callback import FMCECallback
+from fmce_fastai.train.freeze import FMCSFreeze
 from fmce_fastai.train.recorder import FMCSRecorder
 
 HERE = Path(__file__).parent
@@ -79,6 +82,15 @@ def step_seconds(root, n_rows, kind="", memory=0):
     ral = AlternatingRAL(alpha=0.9, oracle=oracle, memory=memory)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, ral])
     if (ral.history.acted != n_pairs).any(): raise SystemExit(f"RAL missed steps:\n{ral.history}")
+    return torch.tensor(clock.seconds).view(-1, 2)[WARM:].view(-1, PAIRS, 2).sum(1).tolist()
+
+
+def check_seconds(root, n_rows, oracle):
+    "Pairs of CPU seconds, of `PAIRS` plain steps and of as many in which `FMCSFreeze` looks at the modules."
+    n_pairs = WARM + PAIRS * n_rows
+    learn, clock, freeze = resnet_learner(root, 64 * 2 * n_pairs), StepClock(), FMCSFreeze(oracle, start=1.0, every=2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, freeze])
+    if freeze.curve.groupby("module").size().min() != n_pairs: raise SystemExit(f"Checks were missed:\n{freeze.curve}")
     return torch.tensor(clock.seconds).view(-1, 2)[WARM:].view(-1, PAIRS, 2).sum(1).tolist()
 
 
@@ -175,12 +187,13 @@ def main(
     universal: int = 12,  # The same with the universal oracle
     memory: int = 12,  # The same with a memory of 200 images
     others: int = 6,  # The same two with the ridge, the quality and the alignment oracle
+    checks: int = 12,  # The same of a check of FMCSFreeze; 0 for none
     taps: int = 4,  # Blocks of steps with taps alone; 0 for none
     steps: int = 16,  # Steps of such a block
     threads: int = 1,  # Torch threads
     out: str = str(HERE),  # Folder for the CSV files, one per measure
 ):
-    "Measure the cost of recording, of a RAL step and of taps, as ratios, and write a CSV for each"
+    "Measure the cost of recording, of a RAL step, of a check of FMCSFreeze and of taps, as ratios, and write a CSV for each"
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     turns = f"{PAIRS} steps each, in turn, CPU time"
@@ -194,6 +207,8 @@ def main(
             (f"RAL step, {kind} oracle", turns, others, partial(step_seconds, root, others, kind)),
             (f"RAL step, {kind} oracle, memory of 200 images", turns, others,
              partial(step_seconds, root, others, kind, 200)))),
+        *((f"check of freezing, {kind} oracle", turns, checks, partial(check_seconds, root, checks, kind))
+          for kind in ("ridge", "alignment", "universal")),
         ("taps alone", f"{steps} steps, CPU time", taps,
          lambda: (tap_seconds(root, steps) for _ in range(taps))),
         ("recording", recorded, fits, lambda: (recording_seconds(root, n_train, epochs) for _ in range(fits))),
