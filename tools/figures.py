@@ -225,7 +225,8 @@ BANKS = {"-copies": "copies in", "-bank": "copies out"}
 def screened():
     "Losses on the last blocks of a network whose front is fixed, validation images."
     found = {}
-    for r in rows_of("loss_screen"): found.setdefault(r["variant"], {})[r["setting"], r["seed"]] = 100 * float(r["accuracy"])
+    for r in rows_of("loss_screen"):
+        if r["setting"] in ("fashion-5", "clipart-5"): found.setdefault(r["variant"], {})[r["setting"], r["seed"]] = 100 * float(r["accuracy"])
     plain, rows = found.pop("plain"), []
     for variant, v in found.items():
         loss, bank, others = "", "none", []
@@ -247,10 +248,10 @@ FACTORS = {"base": ("loss", {"plain": "none", "ridge.1": "ridge, penalty 0.1", "
            "bank": ("memory bank", {"copies": "own copies in", "bank": "own copies out"}), "taps": ("taps", {"4+6": "blocks 4 and 6", "6": "block 6", "4+6+last": "blocks 4, 6 and the pooled map", "6+last": "block 6 and the pooled map", "last": "the pooled map"}),
            "alpha": ("alpha", {}), "schedule": ("alpha over the fit", {"fall": "falling to 0", "rise": "rising from 0"}), "head": ("projection head", {}), "mixup": ("MixUp of maps", {}), "flip": ("mirrored images", {}), "keep": ("pull to the start's similarities", {"0.0": "none"})}
 
-def factors():
-    "Effects of a random factorial experiment: points over the first level of each factor."
+def factors(stem):
+    "Effects of a stage of a random factorial experiment: points over the first level of each factor."
     rows, last = [], None
-    for r in rows_of("loss_effects"):
+    for r in rows_of(stem):
         name, levels = FACTORS[r["factor"]]
         cells = [f"{float(r[f'{s} effect']):+.1f} ± {float(r[f'{s} se']):.1f}" for s in ("fashion", "clipart", "both")]
         level = levels.get(r["level"], r["level"])
@@ -303,11 +304,12 @@ def families():
 
 
 MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a class", "few-images/20-a-class": "the same, 20 images a class", "few-images/100-a-class": "the same, 100 images a class", "few-images/500-a-class": "the same, 500 images a class", "few-images/lite1-5-a-class": "EfficientNet-Lite1, ImageNet weights, 5 images a class",
+       "rivals/openclipart-10-a-class": "EfficientNet-Lite0, ImageNet weights, OpenClipart, 10 images a class",
        "scratch/shufflenet_v2_x0_5": "ShuffleNet v2 x0.5, 10,000 images, after 4 epochs of plain training", "scratch/resnet10t": "resnet10t, 10,000 images, after 10 epochs of plain training"}
 COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "MixUp": ("mixup",)}
 
 
-IN_SHORT = ["few-images/5-a-class", "few-images/20-a-class", "few-images/500-a-class", "scratch/resnet10t"]
+IN_SHORT = ["few-images/5-a-class", "few-images/500-a-class", "rivals/openclipart-10-a-class", "scratch/resnet10t"]
 
 
 def contrast(rows, arms):
@@ -352,7 +354,7 @@ PAGES = {"learnt_quality": (learnt_quality, "03m_oracle.quality"), "held_out_qua
          "families": (families, "tutorials/choosing_modules"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
-PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results"), "screened": (screened, "results"), "factors": (factors, "results")}
+PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results"), "screened": (screened, "results"), "factors": (partial(factors, "loss_effects"), "results"), "later_factors": (partial(factors, "later_loss_effects"), "results")}
 
 # In the README
 TABLES = {"in_short": in_short}
