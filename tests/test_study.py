@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,9 @@ def test_methods_of_fine_tuning_see_the_same_batches_and_resume(tmp_path):
     for f in [*sorted((tmp_path/"runs").glob("*.json"))[::3], tmp_path/"runs.csv"]: f.unlink()
     quiet(None, tmp_path)
     assert {r["arm"]: (r["loss"], r["batches"]) for r in read_rows(tmp_path)} == {a: (r["loss"], r["batches"]) for a, r in rows.items()}
+    shutil.rmtree(tmp_path/"runs")
+    quiet(None, tmp_path)
+    assert not (tmp_path/"runs").exists()  # a repository keeps `runs.csv` alone
 
 def test_methods_of_fine_tuning_are_joined_where_it_makes_sense():
     for arm in FINE_TUNING:

@@ -88,7 +88,8 @@ def _pending(jobs, study, folder, shard):
     "Those of `jobs` whose seed belongs to this shard and that have no result yet."
     seeds = study.seeds + study.tune_seeds
     i,n = shard
-    return [j for j in jobs if seeds.index(j.seed) % n == i and not j.path(folder).exists()]
+    done = {job_of(r).name for r in read_rows(folder)}  # `runs.csv` has runs whose files were left behind
+    return [j for j in jobs if seeds.index(j.seed) % n == i and j.name not in done]
 
 def _run_all(todo, folder, processes, what, bar):
     "Prepare the starts that are missing, then run the jobs `todo`."
