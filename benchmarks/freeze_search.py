@@ -29,7 +29,8 @@ LITE0 = dict(arch='tf_efficientnet_lite0', weights='efficientnet-lite0', lrs=(3e
              channels_last=True, head='linear')
 FASHION = dict(data='fashion_mnist', root='/usr/share/datasets/fashion-mnist', n_eval=3000, bs=50)
 SETTINGS = {
-    'fashion-100':Study(n_train=1000, size=48, epochs=12, **FASHION, **LITE0),
+    'fashion-100':Study(n_train=1000, size=48, epochs=6, **FASHION, **LITE0),
+    'fashion-100-long':Study(n_train=1000, size=48, epochs=12, **FASHION, **LITE0),
     'fashion-1000':Study(n_train=10000, size=48, epochs=2, **FASHION, **LITE0),
     'clipart':Study(data='openclipart', n_train=0, n_eval=0, size=64, bs=25, epochs=12, **LITE0),
     'scratch':Study(n_train=10000, size=32, epochs=6, arch='resnet18', weights='', lrs=(3e-3,), **FASHION),
