@@ -20,7 +20,7 @@ from fmce_fastai.study.freezing import freezing_of, timed
 from fmce_fastai.study.learner import build_learner, eval_dl, fit_arm, study_dls
 from fmce_fastai.study.settings import Study
 from fmce_fastai.train.freeze import FMCSFreeze
-from loss_search import read
+from loss_search import read, run_missing
 
 HERE = Path(__file__).resolve().parent
 MIN_WINDOW = freeze_module.MIN_WINDOW
@@ -58,18 +58,6 @@ def fit_once(variant, name, seed):
     return dict(setting=name, variant=variant, seed=seed, accuracy=round(float((p.argmax(1) == y).float().mean()), 5),
                 images=len(y), **times, **freezing_of(cbs), torch=torch.__version__)
 
-def run_missing(settings, variants, seeds):
-    torch.set_num_threads(1)
-    done = read(PATH)
-    done = set(zip(done.setting, done.variant, done.seed)) if len(done) else set()
-    for seed in seeds:
-        for name in settings:
-            for v in variants:
-                if (name, v, seed) in done: continue
-                row = fit_once(v, name, seed)
-                pd.DataFrame([row]).to_csv(PATH, mode='a', header=not PATH.exists(), index=False)
-                print(row, flush=True)
-
 def report():
     "Means over seeds of what each variant saves and loses against plain training with the same seed."
     d = read(PATH)
@@ -86,8 +74,8 @@ if __name__ == '__main__':
     p.add_argument('--settings', default='fashion-100')
     p.add_argument('--variants', help='separated by semicolons', default=';'.join(VARIANTS))
     p.add_argument('--seeds', default='100-103', help='first-last')
+    p.add_argument('--worker', default='0/1', help='i/n: every n-th run, from the i-th on')
     p.add_argument('--report', action='store_true')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
-    first,last = map(int, a.seeds.split('-'))
-    report() if a.report else run_missing(a.settings.split(','), a.variants.split(';'), range(first, last+1))
+    report() if a.report else run_missing(PATH, fit_once, a, ';')

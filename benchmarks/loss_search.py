@@ -256,12 +256,12 @@ def report(path):
     print(f'{d.seconds.sum()/3600:.2f} core-hours')
     print(summary(d).round(2).to_string())
 
-def run_missing(path, run, a):
+def run_missing(path, run, a, separator=','):
     "Run and write what the table lacks: `run(variant, setting, seed)` makes a row."
     torch.set_num_threads(1)
     first,last = map(int, a.seeds.split('-'))
     i,n = map(int, a.worker.split('/'))
-    todo = [(v, s, seed) for v in a.variants.split(',') for s in a.settings.split(',') for seed in range(first, last+1)]
+    todo = [(v, s, seed) for v in a.variants.split(separator) for s in a.settings.split(',') for seed in range(first, last+1)]
     for j,(v,s,seed) in enumerate(todo):
         if j % n != i or (s, v, seed) in set(map(tuple, read(path)[KEYS].to_numpy())): continue
         row = run(v, s, seed)

@@ -62,6 +62,9 @@ class StepClock(Callback):
     def after_train(self): self.times.append(time.process_time())
     @property
     def seconds(self): return [b - a for a, b in zip(self.times, self.times[1:])]
+    def rows(self):
+        "Seconds of `PAIRS` even steps and of the odd steps between, for each row; the first `WARM` pairs are left out."
+        return torch.tensor(self.seconds).view(-1, 2)[WARM:].view(-1, PAIRS, 2).sum(1).tolist()
 
 
 class AlternatingRAL(FMCECallback):
@@ -82,7 +85,7 @@ def step_seconds(root, n_rows, kind="", memory=0):
     ral = AlternatingRAL(alpha=0.9, oracle=oracle, memory=memory)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, ral])
     if (ral.history.acted != n_pairs).any(): raise SystemExit(f"RAL missed steps:\n{ral.history}")
-    return torch.tensor(clock.seconds).view(-1, 2)[WARM:].view(-1, PAIRS, 2).sum(1).tolist()
+    return clock.rows()
 
 
 def check_seconds(root, n_rows, oracle):
@@ -91,7 +94,7 @@ def check_seconds(root, n_rows, oracle):
     learn, clock, freeze = resnet_learner(root, 64 * 2 * n_pairs), StepClock(), FMCSFreeze(oracle, start=1.0, every=2)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, freeze])
     if freeze.curve.groupby("module").size().min() != n_pairs: raise SystemExit(f"Checks were missed:\n{freeze.curve}")
-    return torch.tensor(clock.seconds).view(-1, 2)[WARM:].view(-1, PAIRS, 2).sum(1).tolist()
+    return clock.rows()
 
 
 class TimedTap(FeatureTap):

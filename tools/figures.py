@@ -224,9 +224,9 @@ BANKS = {"-copies": "copies in", "-bank": "copies out"}
 
 def screened():
     "Losses on the last blocks of a network whose front is fixed, validation images."
-    found = {}
+    found, settings = {}, ("fashion-5", "clipart-5")
     for r in rows_of("loss_screen"):
-        if r["setting"] in ("fashion-5", "clipart-5"): found.setdefault(r["variant"], {})[r["setting"], r["seed"]] = 100 * float(r["accuracy"])
+        if r["setting"] in settings: found.setdefault(r["variant"], {})[r["setting"], r["seed"]] = 100 * float(r["accuracy"])
     plain, rows = found.pop("plain"), []
     for variant, v in found.items():
         loss, bank, others = "", "none", []
@@ -236,7 +236,7 @@ def screened():
             else:
                 end = next((e for e in BANKS if name.endswith(e)), "")
                 loss, bank = SCREENED[name.removesuffix(end)], BANKS.get(end, "none")
-        by = {s: [v[k] - plain[k] for k in v if k[0] == s and k in plain] for s in ("fashion-5", "clipart-5")}
+        by = {s: [v[k] - plain[k] for k in v if k[0] == s and k in plain] for s in settings}
         if min(map(len, by.values())) < 8: continue
         both = [d for b in by.values() for d in b]
         rows.append([loss or "none", bank, ", ".join(others), len(by["fashion-5"]), *(f"{statistics.mean(b):+.1f}" for b in by.values()), f"{statistics.mean(both):+.1f} ± {statistics.stdev(both) / len(both) ** .5:.1f}"])
