@@ -130,3 +130,5 @@ def main(folder, mode):
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(120, exit=True)  # processes that wait for each other say where
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # at the interpreter's own exit, threads of gloo now and then abort the process ("terminate called without an active exception")
