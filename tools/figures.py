@@ -260,6 +260,23 @@ def factors(stem):
     return table(["factor", "level", "FashionMNIST, effect and standard error", "OpenClipart", "both"], rows)
 
 
+def recipes():
+    "Recipes of fine-tuning and what they reach, validation images."
+    found = {}
+    for r in rows_of("recipe_search"): found.setdefault((r["setting"], r["variant"]), []).append(100 * float(r["accuracy"]))
+    rows = []
+    for (setting, variant), v in found.items():
+        data, a_class = setting.split("-")
+        arm, *fields = variant.split(",")
+        own = dict(f.split("=") for f in fields)
+        usual = {"clipart": {"size": 64, "epochs": 35}, "glyphs": {"size": 48, "epochs": 15}}[data]
+        recipe = {"lr": "3e-3", "body_lr": ".3", "freeze_norm": "True", **usual, **own}
+        norm = "fixed" if recipe["freeze_norm"] == "True" else "trained"
+        rows.append([f"{data}, {a_class} a class", f"`{arm}`", recipe["size"], recipe["epochs"], f"{float(recipe['lr']):g}", f"{float(recipe['body_lr']):g}", norm, len(v), f"{statistics.mean(v):.1f}"])
+    order = lambda r: (r[0], r[1] != "`plain`", -float(r[-1]))
+    return table(["images", "arm", "px", "epochs", "head's rate", "body's share of it", "batch norm", "seeds", "accuracy, %"], sorted(rows, key=order))
+
+
 def studied(name):
     "The table of a study in `benchmarks/studies`."
     rows, number = [], lambda r, k, f: format(float(r[k]), f) if r[k] else ""
@@ -354,7 +371,7 @@ PAGES = {"learnt_quality": (learnt_quality, "03m_oracle.quality"), "held_out_qua
          "families": (families, "tutorials/choosing_modules"),
          **{f"search_{n}": (partial(searched, n), "results") for n in (50, 200)}, **{name: (partial(studied, name), "results") for name in STUDIES}}
 
-PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results"), "screened": (screened, "results"), "factors": (partial(factors, "loss_effects"), "results"), "later_factors": (partial(factors, "later_loss_effects"), "results")}
+PAGES |= {"gains": (gains, "results"), "universal": (universal, NB["pretrain"]), "oracles": (oracles, NB["fit"]), "architectures": (architectures, NB["taps"]), "overhead": (overhead, NB["callback"]), "where_it_helps": (where_it_helps, "results"), "screened": (screened, "results"), "recipes": (recipes, "results"), "factors": (partial(factors, "loss_effects"), "results"), "later_factors": (partial(factors, "later_loss_effects"), "results")}
 
 # In the README
 TABLES = {"in_short": in_short}
