@@ -110,17 +110,20 @@ def _few_images(n_classes, n_images):
     return {name:s for name,s in studies.items() if n_images is None or s.n_train <= n_images}
 
 # %% ../../nbs/07r_study.presets.ipynb #78ddd155
-_RIVALS = ('plain', 'alignment@0.97', 'alignment-memory@0.97', 'ral-universal@0.97', 'ral-memory@0.97',
-           'ridge@0.97', 'ridge-memory@0.97', 'mixup', 'ral-memory@0.97+mixup', 'label-smoothing', 'lp-ft',
-           'l2-sp', 'bss', 'supcon-head@0.5', 'ema', 'cutmix')
+_CORE = ('plain', 'ral-universal@0.9', 'ral-memory@0.97', 'alignment@0.9', 'ridge@0.97', 'supcon-head@0.5', 'mixup')
+_RIVALS = (*_CORE, 'ral-universal@0.9+mixup', 'lp-ft', 'bss', 'l2-sp', 'label-smoothing', 'ema', 'cutmix')
 
 def _rivals(n_classes, n_images):
-    "Fine-tuning with pretrained weights and 10 images a class."
-    study = Study(
-        arms=_RIVALS, primary='ral-memory@0.97',
-        data='openclipart', n_train=_at_most(10*n_classes, n_images), size=64, bs=25,
-        epochs=25, **_LITE0)
-    return {'10-a-class':study}
+    "Fine-tuning with pretrained weights; size and rates come from `benchmarks/recipe_search.py`."
+    ten = Study(
+        arms=_RIVALS, primary='ral-universal@0.9',
+        data='openclipart', n_train=10*n_classes, size=128, bs=25, epochs=15, **_LITE0 | dict(body_lr=.1))
+    studies = {
+        '5-a-class':replace(ten, arms=_CORE, n_train=5*n_classes, epochs=20),
+        '10-a-class':ten,
+        '25-a-class':replace(ten, arms=_CORE, n_train=25*n_classes, epochs=10),
+    }
+    return {name:s for name,s in studies.items() if n_images is None or s.n_train <= n_images}
 
 # %% ../../nbs/07r_study.presets.ipynb #ea5b35f9
 def preset_on(
