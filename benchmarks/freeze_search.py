@@ -20,20 +20,20 @@ from fmce_fastai.study.freezing import freezing_of, timed
 from fmce_fastai.study.learner import build_learner, eval_dl, fit_arm, study_dls
 from fmce_fastai.study.settings import Study
 from fmce_fastai.train.freeze import FMCSFreeze
-from loss_search import read, run_missing
+from loss_search import COMMON, read, run_missing
 
 HERE = Path(__file__).resolve().parent
 MIN_WINDOW = freeze_module.MIN_WINDOW
 PATH = HERE/f"freeze_search_cpu_float32_torch{torch.__version__.split('+')[0]}.csv"
-LITE0 = dict(arch='tf_efficientnet_lite0', weights='efficientnet-lite0', lrs=(3e-3,), body_lr=.3, freeze_norm=True,
-             channels_last=True, head='linear')
 FASHION = dict(data='fashion_mnist', root='/usr/share/datasets/fashion-mnist', n_eval=3000, bs=50)
+LITE0 = COMMON | FASHION | dict(size=48)
 SETTINGS = {
-    'fashion-100':Study(n_train=1000, size=48, epochs=6, **FASHION, **LITE0),
-    'fashion-100-long':Study(n_train=1000, size=48, epochs=12, **FASHION, **LITE0),
-    'fashion-1000':Study(n_train=10000, size=48, epochs=2, **FASHION, **LITE0),
-    'clipart':Study(data='openclipart', n_train=0, n_eval=0, size=64, bs=25, epochs=12, **LITE0),
-    'scratch':Study(n_train=10000, size=32, epochs=6, arch='resnet18', weights='', lrs=(3e-3,), **FASHION),
+    'fashion-100':Study(**LITE0, n_train=1000, epochs=6),
+    'fashion-100-long':Study(**LITE0, n_train=1000, epochs=12),
+    'fashion-100-longer':Study(**LITE0, n_train=1000, epochs=24),
+    'fashion-1000':Study(**LITE0, n_train=10000, epochs=2),
+    'clipart':Study(**COMMON | dict(data='openclipart', size=128, body_lr=.1, epochs=10)),
+    'scratch':Study(**FASHION, n_train=10000, size=32, epochs=6, arch='resnet18', lrs=(3e-3,)),
 }
 VARIANTS = ['plain', 'default', 'start=1', 'start=0', 'every=1', 'every=2', 'every=2,patience=1', 'every=2,start=0,patience=1', "every=2,window=4",
             "every=2,threshold=.1", "every=2,threshold=.2", "every=2,oracle='universal'", "by='change',threshold=.05",
