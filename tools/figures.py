@@ -321,14 +321,13 @@ def families():
 
 
 MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a class", "few-images/20-a-class": "the same, 20 images a class", "few-images/100-a-class": "the same, 100 images a class", "few-images/500-a-class": "the same, 500 images a class", "few-images/lite1-5-a-class": "EfficientNet-Lite1, ImageNet weights, 5 images a class",
-       "rivals/openclipart-10-a-class": "EfficientNet-Lite0, ImageNet weights, OpenClipart, 64 px, 10 images a class",
-       "rivals/openclipart-128px-5-a-class": "the same at 128 px and a better rate, 5 images a class", "rivals/openclipart-128px-10-a-class": "the same, 10 images a class", "rivals/openclipart-128px-25-a-class": "the same, 25 images a class",
-       "rivals/glyphs-5-a-class": "EfficientNet-Lite0, ImageNet weights, 62 classes of letters and digits, 5 images a class",
+       **{f"rivals/openclipart-{px}{n}-a-class": f"EfficientNet-Lite0, ImageNet weights, OpenClipart at {px[:3] or 64} px, {n} images a class" for px, n in (("", 10), ("128px-", 5), ("128px-", 10), ("128px-", 25))},
+       "rivals/glyphs-5-a-class": "EfficientNet-Lite0, ImageNet weights, letters and digits (62 classes), 5 images a class",
        "scratch/shufflenet_v2_x0_5": "ShuffleNet v2 x0.5, 10,000 images, after 4 epochs of plain training", "scratch/resnet10t": "resnet10t, 10,000 images, after 10 epochs of plain training"}
-COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "MixUp": ("mixup",)}
+COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "ridge": ("ridge",), "supervised contrastive": ("supcon-head", "supcon"), "MixUp": ("mixup",)}
 
 
-IN_SHORT = ["few-images/5-a-class", "few-images/500-a-class", "rivals/openclipart-10-a-class", "scratch/resnet10t"]
+IN_SHORT = ["few-images/5-a-class", "few-images/500-a-class", "rivals/openclipart-128px-10-a-class", "scratch/resnet10t"]
 
 
 def contrast(rows, arms):
