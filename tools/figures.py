@@ -327,7 +327,7 @@ MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a
 COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "ridge": ("ridge",), "supervised contrastive": ("supcon-head", "supcon"), "MixUp": ("mixup",)}
 
 
-IN_SHORT = ["few-images/5-a-class", "few-images/500-a-class", "rivals/openclipart-128px-10-a-class", "scratch/resnet10t"]
+IN_SHORT = ["few-images/5-a-class", "rivals/openclipart-128px-10-a-class", "rivals/glyphs-5-a-class", "scratch/resnet10t"]
 
 
 def contrast(rows, arms):
