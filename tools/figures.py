@@ -324,7 +324,7 @@ MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a
        **{f"rivals/openclipart-{px}{n}-a-class": f"EfficientNet-Lite0, ImageNet weights, OpenClipart at {px[:3] or 64} px, {n} images a class" for px, n in (("", 10), ("128px-", 5), ("128px-", 10), ("128px-", 25))},
        "rivals/glyphs-5-a-class": "EfficientNet-Lite0, ImageNet weights, letters and digits (62 classes), 5 images a class",
        "scratch/shufflenet_v2_x0_5": "ShuffleNet v2 x0.5, 10,000 images, after 4 epochs of plain training", "scratch/resnet10t": "resnet10t, 10,000 images, after 10 epochs of plain training"}
-COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "ridge": ("ridge",), "supervised contrastive": ("supcon-head", "supcon"), "MixUp": ("mixup",)}
+COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "ridge": ("ridge",), "supervised contrastive": ("supcon",), "the same with a projection head": ("supcon-head",), "MixUp": ("mixup",)}
 
 
 IN_SHORT = ["few-images/5-a-class", "rivals/openclipart-128px-10-a-class", "rivals/glyphs-5-a-class", "scratch/resnet10t"]

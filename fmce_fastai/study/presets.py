@@ -110,8 +110,9 @@ def _few_images(n_classes, n_images):
     return {name:s for name,s in studies.items() if n_images is None or s.n_train <= n_images}
 
 # %% ../../nbs/07r_study.presets.ipynb #78ddd155
-_CORE = ('plain', 'ral-universal@0.9', 'ral-memory@0.97', 'alignment@0.9', 'ridge@0.97', 'supcon-head@0.5', 'mixup')
-_RIVALS = (*_CORE, 'ral-universal@0.9+mixup', 'lp-ft', 'bss', 'l2-sp', 'label-smoothing', 'ema', 'cutmix')
+_CORE = ('plain', 'ral-universal@0.9', 'ral-memory@0.97', 'alignment@0.9', 'ridge@0.97', 'supcon@0.9', 'mixup')
+_RIVALS = (*_CORE, 'ral-universal@0.9+mixup', 'lp-ft', 'bss', 'l2-sp', 'label-smoothing', 'ema', 'cutmix',
+           'supcon-head@0.5', 'supcon-head@0.9')
 
 def _rivals(n_classes, n_images):
     "Fine-tuning with pretrained weights; size and rates come from `benchmarks/recipe_search.py`."
