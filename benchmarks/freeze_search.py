@@ -8,11 +8,8 @@ none. `window` is the least number of checks within which a curve must be flat. 
 weights on 1,000 or 10,000 images of FashionMNIST or all of OpenClipart, and ResNet-18 from random weights on 10,000
 images of FashionMNIST. Variants of a seed start from the same weights and see the same batches. Rows are written as
 they come; what is there is not run again. Few seeds prove nothing: what looks best is confirmed by a study."""
-import argparse
-import warnings
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 import fmce_fastai.train.freeze as freeze_module
@@ -20,7 +17,7 @@ from fmce_fastai.study.freezing import freezing_of, timed
 from fmce_fastai.study.learner import build_learner, eval_dl, fit_arm, study_dls
 from fmce_fastai.study.settings import Study
 from fmce_fastai.train.freeze import FMCSFreeze
-from loss_search import COMMON, read, run_missing
+from loss_search import command, COMMON, read
 
 HERE = Path(__file__).resolve().parent
 MIN_WINDOW = freeze_module.MIN_WINDOW
@@ -58,9 +55,9 @@ def fit_once(variant, name, seed):
     return dict(setting=name, variant=variant, seed=seed, accuracy=round(float((p.argmax(1) == y).float().mean()), 5),
                 images=len(y), **times, **freezing_of(cbs), torch=torch.__version__)
 
-def report():
+def report(path):
     "Means over seeds of what each variant saves and loses against plain training with the same seed."
-    d = read(PATH)
+    d = read(path)
     d = d.merge(d[d.variant == 'plain'], on=['setting', 'seed'], suffixes=('', ' of plain'))
     d['points'] = 100*(d.accuracy - d['accuracy of plain'])
     d['time'] = 100*(1 - d.fit_cpu/d['fit_cpu of plain'])
@@ -69,13 +66,4 @@ def report():
     table = groups[['points', 'time', 'flops']].mean().round(2).assign(se=groups.points.sem().round(2), seeds=groups.size())
     print(table.to_string())
 
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--settings', default='fashion-100')
-    p.add_argument('--variants', help='separated by semicolons', default=';'.join(VARIANTS))
-    p.add_argument('--seeds', default='100-103', help='first-last')
-    p.add_argument('--worker', default='0/1', help='i/n: every n-th run, from the i-th on')
-    p.add_argument('--report', action='store_true')
-    a = p.parse_args()
-    warnings.filterwarnings('ignore')
-    report() if a.report else run_missing(PATH, fit_once, a, ';')
+if __name__ == '__main__': command(__doc__, PATH, fit_once, 'fashion-100', '100-103', ';'.join(VARIANTS), ';', report)

@@ -256,7 +256,7 @@ def report(path):
     print(f'{d.seconds.sum()/3600:.2f} core-hours')
     print(summary(d).round(2).to_string())
 
-def run_missing(path, run, a, separator=','):
+def run_missing(path, run, a, separator):
     "Run and write what the table lacks: `run(variant, setting, seed)` makes a row."
     torch.set_num_threads(1)
     first,last = map(int, a.seeds.split('-'))
@@ -268,16 +268,16 @@ def run_missing(path, run, a, separator=','):
         pd.DataFrame([row]).to_csv(path, mode='a', header=not path.exists(), index=False)
         print(row, flush=True)
 
-def command(doc, path, run, settings, seeds):
+def command(doc, path, run, settings, seeds, variants='plain', separator=',', report=report):
     "The command line of a search."
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--variants', default='plain')
+    p.add_argument('--variants', default=variants, help=f'separated by {separator!r}')
     p.add_argument('--settings', default=settings)
     p.add_argument('--seeds', default=seeds, help='first-last')
     p.add_argument('--worker', default='0/1', help='i/n: every n-th run, from the i-th on')
     p.add_argument('--report', action='store_true')
     a = p.parse_args()
     warnings.filterwarnings('ignore')
-    report(path) if a.report else run_missing(path, run, a)
+    report(path) if a.report else run_missing(path, run, a, separator)
 
 if __name__ == '__main__': command(__doc__, PATH, run, 'fashion-5,clipart-10', '100-102')

@@ -262,17 +262,19 @@ def factors(stem):
 
 def recipes():
     "Recipes of fine-tuning and what they reach, validation images."
+    import sys
+    sys.path.append(str(BENCHMARKS))
+    try: import recipe_search
+    finally: sys.path.remove(str(BENCHMARKS))
     found = {}
     for r in rows_of("recipe_search"): found.setdefault((r["setting"], r["variant"]), []).append(100 * float(r["accuracy"]))
     rows = []
     for (setting, variant), v in found.items():
         data, a_class = setting.split("-")
-        arm, *fields = variant.split(",")
-        own = dict(f.split("=") for f in fields)
-        usual = {"clipart": {"size": 64, "epochs": 35}, "glyphs": {"size": 48, "epochs": 15}}[data]
-        recipe = {"lr": "3e-3", "body_lr": ".3", "freeze_norm": "True", **usual, **own}
-        norm = "fixed" if recipe["freeze_norm"] == "True" else "trained"
-        rows.append([f"{data}, {a_class} a class", f"`{arm}`", recipe["size"], recipe["epochs"], f"{float(recipe['lr']):g}", f"{float(recipe['body_lr']):g}", norm, len(v), f"{statistics.mean(v):.1f}"])
+        arm, fields = recipe_search.split(variant)
+        study = recipe_search.study_of(setting, fields)
+        norm = "fixed" if study.freeze_norm else "trained"
+        rows.append([f"{data}, {a_class} a class", f"`{arm}`", study.size, study.epochs, f"{study.lrs[0]:g}", f"{study.body_lr:g}", norm, len(v), f"{statistics.mean(v):.1f}"])
     order = lambda r: (r[0], r[1] != "`plain`", -float(r[-1]))
     return table(["images", "arm", "px", "epochs", "head's rate", "body's share of it", "batch norm", "seeds", "accuracy, %"], sorted(rows, key=order))
 
@@ -321,7 +323,8 @@ def families():
 
 
 MAP = {"few-images/5-a-class": "EfficientNet-Lite0, ImageNet weights, 5 images a class", "few-images/20-a-class": "the same, 20 images a class", "few-images/100-a-class": "the same, 100 images a class", "few-images/500-a-class": "the same, 500 images a class", "few-images/lite1-5-a-class": "EfficientNet-Lite1, ImageNet weights, 5 images a class",
-       **{f"rivals/openclipart-{px}{n}-a-class": f"EfficientNet-Lite0, ImageNet weights, OpenClipart at {px[:3] or 64} px, {n} images a class" for px, n in (("", 10), ("128px-", 5), ("128px-", 10), ("128px-", 25))},
+       "rivals/openclipart-10-a-class": "EfficientNet-Lite0, ImageNet weights, OpenClipart at 64 px, 10 images a class",
+       "rivals/openclipart-128px-10-a-class": "EfficientNet-Lite0, ImageNet weights, OpenClipart at 128 px, 10 images a class",
        "rivals/glyphs-5-a-class": "EfficientNet-Lite0, ImageNet weights, letters and digits (62 classes), 5 images a class",
        "scratch/shufflenet_v2_x0_5": "ShuffleNet v2 x0.5, 10,000 images, after 4 epochs of plain training", "scratch/resnet10t": "resnet10t, 10,000 images, after 10 epochs of plain training"}
 COLUMNS = {"RAL": ("ral-universal",), "RAL with memory": ("ral-memory",), "RAL, fitted oracle": ("ral",), "plain alignment": ("alignment",), "ridge": ("ridge",), "supervised contrastive": ("supcon",), "the same with a projection head": ("supcon-head",), "MixUp": ("mixup",)}

@@ -39,6 +39,10 @@ def _at_most(n, n_images):
     "`n`, or 0 for all images where there are fewer."
     return n if n_images is None or n <= n_images else 0
 
+def _with_enough(studies, n_images):
+    "Those of `studies` for which there are enough images."
+    return {name:s for name,s in studies.items() if n_images is None or s.n_train <= n_images}
+
 # %% ../../nbs/07r_study.presets.ipynb #fc247f2a
 def _paper():
     "The source's networks, data sets and alphas."
@@ -107,7 +111,7 @@ def _few_images(n_classes, n_images):
             five, arch='tf_efficientnet_lite1', weights='efficientnet-lite1',
             arms=('plain', 'mixup', 'alignment@0.97', 'ral-universal@0.97', 'ral-memory@0.97')),
     }
-    return {name:s for name,s in studies.items() if n_images is None or s.n_train <= n_images}
+    return _with_enough(studies, n_images)
 
 # %% ../../nbs/07r_study.presets.ipynb #78ddd155
 _CORE = ('plain', 'ral-universal@0.9', 'ral-memory@0.97', 'alignment@0.9', 'ridge@0.97', 'supcon@0.9', 'mixup')
@@ -124,7 +128,7 @@ def _rivals(n_classes, n_images):
         '10-a-class':ten,
         '25-a-class':replace(ten, arms=_CORE, n_train=25*n_classes, epochs=10),
     }
-    return {name:s for name,s in studies.items() if n_images is None or s.n_train <= n_images}
+    return _with_enough(studies, n_images)
 
 # %% ../../nbs/07r_study.presets.ipynb #ea5b35f9
 def preset_on(
